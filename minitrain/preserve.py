@@ -1,0 +1,171 @@
+"""Leave things as found: contexts and snapshots of random states, module modes, buffers and gradients."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+
+class RandomState:
+    """A snapshot of every global random number generator, and of the given `torch.Generator`s.
+
+    Covers python's `random`, numpy (when it is loaded), torch's CPU generator and those of every CUDA device (when CUDA
+    is in use) and of MPS.
+
+    Example:
+        >>> state = RandomState()
+        >>> a = torch.rand(3)
+        >>> state.restore()
+        >>> bool((torch.rand(3) == a).all())
+        True
+    """
+
+    def __init__(self, generators: Iterable[torch.Generator] = ()) -> None:
+        self._python = random.getstate()
+        self._torch = torch.get_rng_state()
+        self._numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+        self._mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+        self._generators = [(g, g.get_state()) for g in generators]
+
+    def restore(self) -> None:
+        """Put every generator back to where it was when the snapshot was taken."""
+        random.setstate(self._python)
+        torch.set_rng_state(self._torch)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state_all(self._cuda)
+        if self._mps is not None:
+            torch.mps.set_rng_state(self._mps)
+        for generator, state in self._generators:
+            generator.set_state(state)
+
+
+@contextmanager
+def preserve_rng(generators: Iterable[torch.Generator] = ()) -> Iterator[None]:
+    """Put all random states back on exit, whatever happens inside."""
+    state = RandomState(generators)
+    try:
+        yield
+    finally:
+        state.restore()
+
+
+@contextmanager
+def preserve_modes(model: nn.Module) -> Iterator[None]:
+    """Give every module its own `training` flag back on exit."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+class Buffers:
+    """A snapshot of every buffer of a model, non-persistent ones too: the same tensor objects with the same values.
+
+    Lazy buffers that have no shape yet are left alone.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._saved = [
+            (module, name, buffer, None if buffer is None else buffer.detach().clone())
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is None or not is_lazy(buffer)
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put every buffer back."""
+        for module, name, buffer, value in self._saved:
+            module._buffers[name] = buffer
+            if buffer is None or value is None:
+                continue
+            if buffer.shape != value.shape:
+                buffer.set_(value)  # type: ignore[call-overload]
+            elif not torch.equal(buffer, value):  # a write that changes nothing would still spoil a pending backward
+                buffer.copy_(value)
+
+
+@contextmanager
+def preserve_buffers(model: nn.Module) -> Iterator[None]:
+    """Put every buffer back on exit."""
+    buffers = Buffers(model)
+    try:
+        yield
+    finally:
+        buffers.restore()
+
+
+@contextmanager
+def preserve_grads(model: nn.Module) -> Iterator[None]:
+    """Hide every gradient inside, and put the same tensors back on exit: nothing is copied."""
+    grads = [(p, p.grad) for p in model.parameters()]
+    for p, _ in grads:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, grad in grads:
+            p.grad = grad
+
+
+@contextmanager
+def preserve_training(model: nn.Module, generators: Iterable[torch.Generator] = ()) -> Iterator[None]:
+    """All of the above at once: whatever runs inside, training does not notice it."""
+    with preserve_rng(generators), preserve_modes(model), preserve_buffers(model), preserve_grads(model):
+        yield
+
+
+@contextmanager
+def unchanged_on_error(
+    model: nn.Module, generators: Iterable[torch.Generator] = (), *, unless: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
+    """If an error leaves, put random states and buffers back, except where `unless()` says that it is too late for that."""
+    rng, buffers = RandomState(generators), Buffers(model)
+    try:
+        yield
+    except BaseException:
+        if not unless():
+            buffers.restore()
+            rng.restore()
+        raise
+
+
+@contextmanager
+def parameters_unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """If an error leaves, put the values of all parameters back (those that have a shape by now)."""
+    saved = [(p, p.detach().clone()) for p in model.parameters() if not is_lazy(p)]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for p, value in saved:
+                p.copy_(value)
+        raise
+
+
+def loader_generators(loader: Any) -> list[torch.Generator]:
+    """Every `torch.Generator` that iterating `loader` may advance: its own, its sampler's, its batch sampler's."""
+    found: list[torch.Generator] = []
+    todo, seen = [loader], set[int]()
+    while todo:
+        thing = todo.pop()
+        if thing is None or id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        generator = getattr(thing, "generator", None)
+        if isinstance(generator, torch.Generator) and all(generator is not g for g in found):
+            found.append(generator)
+        todo += [getattr(thing, name, None) for name in ("sampler", "batch_sampler")]
+    return found
