@@ -1,0 +1,17 @@
+"""Initialisation is a stage: LSUV, random initialisers, and the reports that say what they did."""
+
+from minitrain.init.lsuv import LSUV, layer_stats, lsuv_
+from minitrain.init.random import KaimingNormal
+from minitrain.init.report import InitReport, LayerRow, LSUVReport
+from minitrain.init.stage import InitStage
+
+__all__ = [
+    "LSUV",
+    "InitReport",
+    "InitStage",
+    "KaimingNormal",
+    "LSUVReport",
+    "LayerRow",
+    "layer_stats",
+    "lsuv_",
+]

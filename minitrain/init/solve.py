@@ -1,0 +1,125 @@
+"""Bring one layer to mean 0 and standard deviation 1, with its own input at hand: no further pass of the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from minitrain.moments import Moments, moments
+
+ATTEMPTS = 20
+PATIENCE = 3  # attempts without an improvement: rounding has the last word
+
+
+class Bench:
+    """A layer on the bench: set its weight and bias relative to what they were, and run it again on the same input.
+
+    Args:
+        weight: What scales the output. None: it may not be changed.
+        bias: What shifts it. None: it may not be changed.
+        run: Calls the layer.
+    """
+
+    def __init__(self, weight: Tensor | None, bias: Tensor | None, run: Callable[[], Tensor]) -> None:
+        self._weight, self._bias, self._call = weight, bias, run
+        self._weight0 = None if weight is None else weight.detach().clone()
+        self._bias0 = None if bias is None else bias.detach().clone()
+
+    def run(self, scale: float = 1.0, bias_scale: float = 1.0, shift: float = 0.0) -> Tensor:
+        """The layer's output with `W = scale * W0` and `b = bias_scale * b0 + shift`, which it keeps."""
+        if self._weight is not None and self._weight0 is not None:
+            self._weight.copy_(_affine(self._weight0, scale, 0.0))
+        if self._bias is not None and self._bias0 is not None:
+            self._bias.copy_(_affine(self._bias0, bias_scale, shift))
+        torch.clear_autocast_cache()  # a model may open autocast by itself, and that keeps the weight as it was cast
+        return self._call()
+
+
+def normalize(bench: Bench, output: Tensor, start: Moments, *, center: bool, tolerance: float) -> Tensor | None:
+    """Find scale and shift of a layer that need not be affine in its weight and bias.
+
+    The first attempt is exact for an affine layer. After that each attempt learns from the last two how the standard
+    deviation follows the scale, and the mean the shift.
+
+    Args:
+        bench: The layer.
+        output: What it puts out now.
+        start: The moments of that, with a standard deviation above 0.
+        center: Bring the mean to 0, too.
+        tolerance: How far mean and standard deviation may be off.
+
+    Returns:
+        The layer's output with the best setting, which it keeps; or None where none does, and the layer is as it was.
+    """
+    scale, shift, now = 1.0, 0.0, start
+    slope, gain = 1.0, 1.0  # of log std over log scale, of mean over shift
+    best, setting, fruitless, at_once = math.inf, (1.0, 0.0), 0, False
+    for attempt in range(ATTEMPTS):
+        factor = now.std ** (-1 / slope)
+        move = -now.mean * factor / gain if center else 0.0
+        scale, shift = scale * factor, shift * factor + move
+        last, now = now, moments(bench.run(scale, scale, shift))
+        if not (math.isfinite(now.mean) and math.isfinite(now.m2) and now.std > 0):
+            break
+        off = max(abs(now.std - 1), abs(now.mean) if center else 0.0)
+        fruitless = 0 if off < best else fruitless + 1
+        if off < best:
+            best, setting = off, (scale, shift)
+        if attempt == 0:
+            at_once = off < tolerance
+            if not at_once and not _responds(bench, output, start, (1.0, 0.0)):
+                break
+        if fruitless == PATIENCE or best == 0:
+            break
+        if abs(math.log(factor)) > 1e-3:
+            slope = min(max(math.log(now.std / last.std) / math.log(factor), 0.25), 4.0)
+        if abs(move) > 1e-3:
+            gain = _gain(now.mean - factor * last.mean, move)
+    if best < tolerance:
+        result = bench.run(setting[0], *setting)
+        # An affine layer is there at once. Any other one might have got there by the spread of its bias alone.
+        if at_once:
+            return result
+        if _responds(bench, result, moments(result), setting):
+            return bench.run(setting[0], *setting)
+    bench.run()
+    return None
+
+
+def center(bench: Bench, start: Moments, tolerance: float) -> Tensor | None:
+    """Shift the bias only, so that the mean becomes 0.
+
+    Returns:
+        The layer's output; or None where the mean does not follow the bias, and the layer is as it was.
+    """
+    gain = 1.0 if not start.mean else _gain(moments(bench.run(shift=-start.mean)).mean - start.mean, -start.mean)
+    output = bench.run(shift=-start.mean / gain)
+    if abs(moments(output).mean) <= max(tolerance, 0.01 * abs(start.mean)):
+        return output
+    bench.run()
+    return None
+
+
+def tolerance_of(*dtypes: torch.dtype) -> float:
+    """How far mean and standard deviation may be off: 1e-3, and 1e-2 where one of the types has half precision or less."""
+    return 1e-2 if min(dtype.itemsize for dtype in dtypes) < 4 else 1e-3
+
+
+def _responds(bench: Bench, output: Tensor, stats: Moments, setting: tuple[float, float]) -> bool:
+    """Twice the weight, with the same bias, makes a difference that is not small against the output's spread."""
+    scale, shift = setting
+    other = bench.run(2 * scale, scale, shift)
+    spread = moments(other - output).std
+    return math.isfinite(spread) and spread > 1e-2 * stats.std
+
+
+def _gain(moved: float, move: float) -> float:
+    return min(max(moved / move, 1e-3), 1e3)
+
+
+def _affine(tensor: Tensor, scale: float, shift: float) -> Tensor:
+    """`scale * tensor + shift`, rounded once (MPS has no float64)."""
+    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64) * scale + shift
