@@ -1,0 +1,147 @@
+"""What surrounds a run of the loop: who takes part, what is prepared before it, and what is put back after it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from minitrain.callback import Callback
+from minitrain.callbacks import Progress
+from minitrain.checks import check_callbacks
+from minitrain.data import peek, to_device
+from minitrain.errors import LoopError
+from minitrain.optim import build_optimizer, check_parameters
+from minitrain.preserve import (
+    loader_generators,
+    parameters_unchanged_on_error,
+    preserve_modes,
+    unchanged_on_error,
+)
+from minitrain.stages import Stages
+
+if TYPE_CHECKING:
+    from minitrain.learner import Learner
+
+# What a validation inside a fit puts aside.
+_LOOP_STATE = (
+    *("batch", "xb", "yb", "preds", "loss", "_backward_loss", "_pending", "batch_idx"),
+    *("dl", "training", "phase", "running_loss"),
+)
+
+
+def participants(learn: Learner, cbs: Iterable[Callback] = ()) -> list[Callback]:
+    """The user's callbacks, those of one fit, and the default ones, in the order in which they run."""
+    everyone: Sequence[Callback] = [*learn._cbs, *check_callbacks(cbs)]
+    if learn._progress and not any(isinstance(cb, Progress) for cb in everyone):
+        everyone = [*everyone, Progress()]
+    return sorted(check_callbacks(everyone), key=lambda cb: cb.order)
+
+
+@contextmanager
+def running(learn: Learner, phase: str, cbs: Iterable[Callback] = ()) -> Iterator[None]:
+    """A run: the dispatch table is made, callbacks are taken; afterwards modes and all loop state are as before."""
+    with Stages(learn, participants(learn, cbs)) as stages:
+        learn._stages, learn.phase = stages, phase
+        learn._run, learn._fire, learn._during, learn._explain = stages.run, stages.fire, stages.during, stages.explain
+        try:
+            with preserve_modes(learn.model), torch.enable_grad():
+                yield
+        finally:
+            learn._stages, learn.phase, learn.dl, learn.training = None, None, None, False
+            del learn._run, learn._fire, learn._during, learn._explain
+            learn._release()
+
+
+@contextmanager
+def aside(learn: Learner, phase: str) -> Iterator[None]:
+    """A run of its own, or, inside a fit, one that puts the loop's state aside and back."""
+    if learn._evaluating:
+        raise LoopError(f"{phase} inside a validation or prediction: they cannot be nested. Call it afterwards.")
+    if learn._stages is None:
+        with running(learn, phase):
+            yield
+        return
+    saved = {name: getattr(learn, name) for name in _LOOP_STATE}
+    learn.phase = phase
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            setattr(learn, name, value)
+
+
+@contextmanager
+def new_fit(learn: Learner, n_epochs: int) -> Iterator[None]:
+    """Counters and gradients of a fit. One that fails before it has trained on anything leaves no trace."""
+    counters = learn._fits, learn._epochs_begun
+    learn.n_epochs, learn.epoch, learn.step_idx, learn.batch_idx, learn.stop_reason = n_epochs, 0, 0, 0, None
+    learn._fits += 1
+    learn._touched = False
+    held = {id(p) for group in learn.opt.param_groups for p in group["params"]}
+    learn._strays = [p for p in learn.model.parameters() if id(p) not in held]
+    learn._zero_grad()
+    try:
+        with unchanged_on_error(learn.model, loader_generators(learn.dls.train), unless=lambda: learn._touched):
+            yield
+    except BaseException:
+        if not learn._touched:
+            learn._fits, learn._epochs_begun = counters
+        raise
+
+
+def prepare(learn: Learner) -> None:
+    """Everything that comes before the first fit, in this order: seed, init stages, lazy parameters, optimiser."""
+    _seed_once(learn)
+    if learn._init and not learn.initialized:
+        run_init(learn)
+    if learn._opt is None:
+        _materialize(learn)
+        opt = build_optimizer(learn.model, *learn._opt_args)
+        check_parameters(opt, [m for m in (learn.model, learn.loss_func) if isinstance(m, nn.Module)])
+        learn._opt = opt
+
+
+def run_init(learn: Learner) -> None:
+    """Run all init stages; if one fails, what those before it did is undone too."""
+    _seed_once(learn)
+    with parameters_unchanged_on_error(learn.model), unchanged_on_error(learn.model):
+        learn.init_reports = [stage(learn.model, _Inputs(learn)) for stage in learn._init]
+    learn.initialized = True
+
+
+def _seed_once(learn: Learner) -> None:
+    if learn._seed is None or learn._seeded:
+        return
+    learn._seeded = True
+    random.seed(learn._seed)
+    torch.manual_seed(learn._seed)
+    try:
+        import numpy as np
+    except ImportError:  # optional, for torch too
+        return
+    np.random.seed(learn._seed)
+
+
+def _materialize(learn: Learner) -> None:
+    """Give lazy parameters their shapes, by a forward pass over the first training batch."""
+    if any(is_lazy(p) for p in learn.model.parameters()):
+        with preserve_modes(learn.model), torch.no_grad():
+            learn.model.eval()
+            learn.forward(next(iter(_Inputs(learn))))
+
+
+class _Inputs:
+    """The model's inputs from the training loader, on the device: drawn without moving the training stream."""
+
+    def __init__(self, learn: Learner) -> None:
+        self._learn = learn
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in peek(self._learn.dls.train):
+            yield self._learn.split_batch(to_device(batch, self._learn.device))[0]
