@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+
+_FUSED = ("cpu", "cuda", "mps", "xpu")  # devices with a fused kernel, for floating-point parameters
 
 Splitter = Callable[[nn.Module], Iterable[Any]]
 
@@ -41,17 +44,12 @@ def build_optimizer(
     """
     if isinstance(opt_func, Optimizer):
         return opt_func
-    options = {} if lr is None else {"lr": lr}
-
-    def params() -> list[Any]:
-        return list(model.parameters() if splitter is None else splitter(model))
-
+    options: dict[str, Any] = {} if lr is None else {"lr": lr}
     if opt_func is None:
-        try:
-            return torch.optim.AdamW(params(), fused=True, **options)  # type: ignore[arg-type]
-        except RuntimeError:  # parameters of a kind or on a device that the fused kernel does not know
-            return torch.optim.AdamW(params(), **options)  # type: ignore[arg-type]
-    opt = opt_func(params(), **options)
+        # torch itself finds out only at the first step
+        fused = all(p.is_floating_point() and p.device.type in _FUSED for p in model.parameters())
+        opt_func = partial(torch.optim.AdamW, fused=fused or None)
+    opt = opt_func(list(model.parameters() if splitter is None else splitter(model)), **options)
     if not all(hasattr(opt, name) for name in ("step", "zero_grad", "param_groups", "state_dict")):
         raise TypeError(f"opt_func returned {opt!r}, wanted an optimiser (as torch.optim.AdamW returns).")
     return opt
@@ -72,15 +70,28 @@ def check_parameters(opt: Optimizer, modules: Iterable[nn.Module]) -> None:
 @contextmanager
 def learning_rate(opt: Optimizer, lr: float | None) -> Iterator[None]:
     """Set the learning rate of every group inside, and put the old ones back on exit. None: leave them alone."""
-    before = [float(group["lr"]) for group in opt.param_groups] if lr is not None else []
-    _set_rates(opt, [lr] * len(before) if lr is not None else [])
+    if lr is None:
+        yield
+        return
+    before = [rate_of(group) for group in opt.param_groups]
+    if None in before:
+        raise ValueError(
+            f"lr={lr!r}, but {type(opt).__name__} has a parameter group without a learning rate. Leave lr out."
+        )
     try:
+        _set_rates(opt, [lr] * len(before))
         yield
     finally:
         _set_rates(opt, before)
 
 
-def _set_rates(opt: Optimizer, rates: list[float]) -> None:
+def rate_of(group: dict[str, Any]) -> float | None:
+    """The learning rate of a parameter group; None where the optimiser finds its own."""
+    rate = group.get("lr")
+    return None if rate is None else float(rate)
+
+
+def _set_rates(opt: Optimizer, rates: list[Any]) -> None:
     for group, rate in zip(opt.param_groups, rates, strict=False):  # a callback may have added groups
         if isinstance(group["lr"], torch.Tensor):  # a compiled step reads the rate from this very tensor
             group["lr"].fill_(rate)
