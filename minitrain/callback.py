@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -186,17 +187,23 @@ class Callback:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        behind = cls.__mro__[cls.__mro__.index(Callback) + 1 :]
         for base in cls.__mro__:
-            if base is not Callback:
-                for name, value in vars(base).items():
-                    if name.startswith(_PREFIXES):
-                        _check_event(cls, name, value)
+            for name, value in vars(base).items() if base is not Callback else ():
+                if name.startswith(_PREFIXES):
+                    _check_event(cls, name, value)
+                    if base in behind and name in EVENTS:
+                        raise TypeError(
+                            f"{base.__name__}.{name} would never run: Callback comes before it and has a {name} of its own. "
+                            f"Write class {cls.__name__}({base.__name__}, Callback)."
+                        )
 
 
 def _check_event(cls: type, name: str, value: Any) -> None:
     """Raise `TypeError` unless `value` can serve as the event `name` of `cls`."""
     where = f"{cls.__name__}.{name}"
-    is_method = callable(value) or isinstance(value, (staticmethod, classmethod, property))
+    is_bound = hasattr(type(value), "__get__")  # looked up on an instance, it becomes a method of it
+    is_method = callable(value) or is_bound
     if name not in EVENTS:
         if not is_method:
             return  # data may be called as it likes: `after_steps = 100`
@@ -205,13 +212,15 @@ def _check_event(cls: type, name: str, value: Any) -> None:
     if not is_method or isinstance(value, property):
         raise TypeError(f"{where} must be a method (self, learn), got {value!r}.")
     function = getattr(cls, name)
-    wanted = ["learn"] if isinstance(value, (staticmethod, classmethod)) else ["self", "learn"]
+    wanted = ["self", "learn"] if is_bound and not isinstance(value, (staticmethod, classmethod)) else ["learn"]
     if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
         raise TypeError(f"{where} is a coroutine: the loop calls it, nobody would await it. Write a plain def.")
     if inspect.isgeneratorfunction(function):
         remedy = "decorate it with @contextlib.contextmanager" if name.startswith("during_") else "remove the yield"
         raise TypeError(f"{where} is a bare generator, its body would never run: {remedy}.")
-    parameters = inspect.signature(function).parameters.values()
+    parameters = list(inspect.signature(function).parameters.values())
+    if isinstance(value, (functools.partial, functools.partialmethod)):  # what it gives by keyword is given
+        parameters = [p for p in parameters if p.name not in value.keywords]
     if len(parameters) != len(wanted) or any(
         p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters
     ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -66,9 +67,9 @@ def check_lr(name: str, lr: Any) -> None:
     """None, or a positive finite number."""
     if lr is None:
         return
-    if isinstance(lr, bool) or not isinstance(lr, (int, float)):
+    if isinstance(lr, bool) or not isinstance(lr, Real):
         raise TypeError(f"{name}={lr!r} (type={type(lr).__name__}), wanted a positive number.")
-    if not (math.isfinite(lr) and lr > 0):
+    if not (math.isfinite(lr) and float(lr) > 0):
         raise ValueError(f"{name}={lr!r}, wanted a positive finite number, for example {name}=1e-3.")
 
 
@@ -138,15 +139,15 @@ def check_seed(seed: Any) -> None:
     """None, or an integer that python, numpy and torch all take."""
     if seed is None:
         return
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise TypeError(f"seed={seed!r} (type={type(seed).__name__}), wanted an integer.")
-    if not 0 <= seed < 2**32:
+    if not 0 <= int(seed) < 2**32:
         raise ValueError(f"seed={seed!r}, wanted 0 <= seed < 2**32 (numpy takes no other).")
 
 
 def check_n_epochs(n_epochs: Any) -> None:
     """A positive integer."""
-    if isinstance(n_epochs, bool) or not isinstance(n_epochs, int):
+    if isinstance(n_epochs, bool) or not isinstance(n_epochs, Integral):
         raise TypeError(f"n_epochs={n_epochs!r} (type={type(n_epochs).__name__}), wanted a positive integer.")
     if n_epochs <= 0:
         raise ValueError(f"n_epochs={n_epochs!r}, wanted at least 1.")

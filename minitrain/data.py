@@ -7,6 +7,7 @@ import inspect
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -36,9 +37,9 @@ class DataLoaders:
     """
 
     def __init__(self, train: Iterable[Any], valid: Iterable[Any] | None = None) -> None:
-        _check_loader("train", train)
+        check_loader("train", train)
         if valid is not None:
-            _check_loader("valid", valid)
+            check_loader("valid", valid)
         self.train, self.valid = train, valid
 
     @classmethod
@@ -77,7 +78,8 @@ class DataLoaders:
             transform: Called with the tensors of a batch, returns the batch, in training and validation; it replaces the
                 scaling of images. Only for datasets whose tensors are at hand.
             device: Where to keep those tensors.
-            loader_options: For torch's `DataLoader` (`num_workers`, `collate_fn`, ...), which is then used in any case.
+            loader_options: For torch's `DataLoader` (`num_workers`, `collate_fn`, ...), which is then used in any case. A
+                `sampler`, `batch_sampler` or `generator` is for the training samples only, and gives their order.
 
         Raises:
             TypeError: `train` or `valid` is no map-style dataset, or an argument of the wrong type.
@@ -95,6 +97,9 @@ class DataLoaders:
             _check_order(len(dataset), batch_size, shuffle, drop_last, seed)
             found = None if loader_options else _tensors_of(dataset)
             order: dict[str, Any] = {"batch_size": batch_size, "shuffle": shuffle, "drop_last": drop_last}
+            own = {key: value for key, value in loader_options.items() if name == "train" or key not in _OF_TRAINING}
+            if "sampler" in own or "batch_sampler" in own:  # the order is theirs
+                order = {} if "batch_sampler" in own else order | {"shuffle": False}
             if found is not None:
                 make = found[1] if transform is None else transform
                 return BatchLoader(*found[0], seed=seed, transform=make, device=device, **order)
@@ -104,9 +109,7 @@ class DataLoaders:
                         f"{option}=... is for batches made from tensors, but {name}={type(dataset).__name__} is read sample by "
                         f"sample by a DataLoader ({loader_options=}): leave it out, or use DataLoaders(BatchLoader(x, y))."
                     )
-            return DataLoader(
-                dataset, generator=torch.Generator().manual_seed(_mix(seed, 0)), **order, **loader_options
-            )
+            return DataLoader(dataset, **{"generator": torch.Generator().manual_seed(_mix(seed, 0)), **order, **own})
 
         if valid_batch_size is None:
             valid_batch_size = batch_size
@@ -404,7 +407,7 @@ class _Peek:
         generators = loader_generators(self._loader)
         return self._draw(generators, RandomState(generators))
 
-    def _draw(self, generators: list[torch.Generator], timeline: RandomState) -> Iterator[Any]:
+    def _draw(self, generators: list[Any], timeline: RandomState) -> Iterator[Any]:
         batches, n_drawn = self._begin(self._loader), 0
         while True:
             present = RandomState(generators)
@@ -479,6 +482,9 @@ def _scale_images(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x.float().div_(255), y
 
 
+_OF_TRAINING = ("sampler", "batch_sampler", "generator")  # loader options that make no sense for two datasets
+
+
 # -- arguments --------------------------------------------------------------------------------------------------------
 
 
@@ -490,7 +496,7 @@ def _describe_loader(loader: Any) -> str:
 
 
 def _check_int(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}={value!r} (type={type(value).__name__}), wanted an integer >= {least}.")
     if value < least:
         raise ValueError(f"{name}={value!r}, wanted an integer >= {least}.")
@@ -510,7 +516,8 @@ def _check_order(n: int, batch_size: Any, shuffle: Any, drop_last: Any, seed: An
         )
 
 
-def _check_loader(name: str, loader: Any) -> None:
+def check_loader(name: str, loader: Any) -> None:
+    """Raise `TypeError` unless `loader` is an iterable of batches."""
     got = describe_batch(loader)
     if inspect.isclass(loader):
         got, remedy = f"class {loader.__name__}", "did you forget ()?"

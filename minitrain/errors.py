@@ -37,6 +37,11 @@ class Cancel(MinitrainError):
 
     stage: ClassVar[str]
 
+    def __init__(self, *args: object) -> None:
+        if type(self) is Cancel:
+            raise TypeError("Cancel does not say what it ends: raise CancelBatch, CancelTrain, CancelFit, ...")
+        super().__init__(*args)
+
 
 class CancelBatch(Cancel):
     """End this batch; it is not counted and its gradient is dropped. The loop goes on with the next one."""

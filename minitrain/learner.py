@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,13 +16,13 @@ from torch.optim import Optimizer
 from minitrain import checks, runs
 from minitrain.callback import Callback
 from minitrain.callbacks import History, OneCycle
-from minitrain.data import DataLoaders, concatenate, n_samples, shuffles, split_batch, to_device
+from minitrain.data import DataLoaders, check_loader, concatenate, n_samples, shuffles, split_batch, to_device
 from minitrain.errors import Cancel, CancelStep, DataError, LoopError
 from minitrain.init import InitReport, InitStage
 from minitrain.metrics import Mean, Metric, as_metrics, compute_metrics
-from minitrain.optim import Splitter, learning_rate
+from minitrain.optim import Splitter, learning_rate, rate_of
 from minitrain.passes import Pass, set_epoch
-from minitrain.preserve import loader_generators, preserve_training
+from minitrain.preserve import RandomState, loader_generators, preserve_training
 from minitrain.stages import Stages
 
 _Measured = tuple[Tensor, int, tuple[Any, Any] | None]  # of a batch: loss, number of samples, predictions and targets
@@ -127,15 +128,15 @@ class Learner:
         self.dls, self.loss_func = dls, loss_func
         self._opt: Optimizer | None = None
         self._opt_args = (opt_func, lr, splitter)
-        self._seed, self._seeded, self._progress = seed, False, progress
+        self._progress, self._seed, self._seeded = progress, seed, False
+        self._retry: RandomState | None = None  # where the seed has led to, if what followed has failed
         self.opts, self.scaler = {}, None
         self.history, self.init_reports, self.initialized = History(), [], False
         self.n_epochs = self.epoch = self.step_idx = self.batch_idx = self._fits = self._epochs_begun = 0
-        self.training = self.resumed = self._evaluating = self._touched = False
-        self.phase = self.dl = self.stop_reason = None
+        self.resumed = self._touched = False
+        self.stop_reason = None
         self.running_loss = Mean()
-        self._stages = None
-        self._release()
+        vars(self).update(runs.AT_REST)
 
     # -- the loop, top to bottom --------------------------------------------------------------------------------------
 
@@ -155,7 +156,8 @@ class Learner:
             DataError: A loader is empty or exhausted, or a batch is not of the form that `split_batch` expects.
         """
         self._check_fit(n_epochs, lr, resume)
-        with runs.running(self, "fit", cbs):
+        self._touched = False
+        with runs.running(self, "fit", cbs), runs.seeded(self, unless=lambda: self._touched):
             runs.prepare(self)
             with runs.new_fit(self, n_epochs), learning_rate(self.opt, lr), self._during("during_fit"):
                 self._run("fit", self._epochs)
@@ -169,22 +171,26 @@ class Learner:
 
     def _epoch(self) -> None:
         start = time.perf_counter()
-        partial = self._train_epoch()
-        row = {"fit": self._fits - 1, "epoch": self.epoch, "train_loss": _read(self.running_loss)}
+        whole = self._train_epoch()
+        row: dict[str, Any] = {"fit": self._fits - 1, "epoch": self.epoch, "train_loss": _read(self.running_loss)}
         if self.dls.valid is not None:
-            row |= self._validate(self.dls.valid)
-        row |= {"lr": float(self.opt.param_groups[0]["lr"]), "seconds": time.perf_counter() - start}
-        self.history.append(row | {"partial": True} if partial else row)
+            measured, validated = self._validate(self.dls.valid)
+            row, whole = row | measured, whole and validated
+        row |= {"lr": rate_of(self.opt.param_groups[0]), "seconds": time.perf_counter() - start}
+        self.history.append(row if whole else row | {"partial": True})
+        self._touched = True
 
     def _train_epoch(self) -> bool:
+        """Train on every batch; False if it ended before the last one."""
         self.dl, self.training, self.running_loss = self.dls.train, True, Mean()
         drawing = Pass(self.dl, "training", stopped=lambda: self.stop_reason is not None)
         set_epoch(self.dl, self._epochs_begun)
         self._epochs_begun += 1
         self.model.train()
-        self._run("train", lambda: self._batches(drawing, self._train_batch))
-        self.training = False
-        return not drawing.complete
+        try:
+            return self._run("train", lambda: self._batches(drawing, self._train_batch)) and drawing.complete
+        finally:
+            self.training = False
 
     def _batches(self, drawing: Pass, body: Callable[[], None]) -> None:
         for batch in drawing:
@@ -201,8 +207,14 @@ class Learner:
                 self._release()
 
     def _train_batch(self) -> None:
-        self.train_batch()
-        self._touched = True
+        overridden = getattr(self.train_batch, "__func__", None) is not Learner.train_batch
+        self._touched = self._touched or overridden  # it may have trained, and left gradients, wherever it ends
+        try:
+            self.train_batch()
+        except Cancel:
+            if overridden:
+                self._drop_gradients()
+            raise
         self._commit()
 
     def train_batch(self) -> None:
@@ -218,7 +230,7 @@ class Learner:
             self.backward(self.backward_loss)
             stepped = self._run("step", self._step)
         except Cancel:  # the batch will not count, so nothing of it may reach a later step
-            self._zero_grad()
+            self._drop_gradients()
             raise
         if stepped:
             self._zero_grad()
@@ -255,31 +267,32 @@ class Learner:
             for metric in self.metrics.values():
                 metric.update(*outputs, n) if isinstance(metric, Mean) else metric.update(*outputs)
 
-    def _validate(self, dl: Iterable[Any]) -> dict[str, float]:
+    def _validate(self, dl: Iterable[Any]) -> tuple[dict[str, float], bool]:
+        """What `validate` returns, and whether it is over the whole loader."""
         self.running_loss = Mean()
         for metric in self.metrics.values():
             if hasattr(metric, "to"):
                 metric.to(self.device)
             metric.reset()
-        self._evaluate(dl, self._validate_batch)
+        whole = self._evaluate(dl, self._validate_batch)
         if self.running_loss.count == 0:  # all of it was cancelled: an empty loader has been refused by now
-            return {}
+            return {}, whole
         measured = {"loss": self.running_loss.compute(), **compute_metrics(self.metrics)}
-        return {f"valid_{name}": value for name, value in measured.items()}
+        return {f"valid_{name}": value for name, value in measured.items()}, whole
 
     def _validate_batch(self) -> None:
         self._forward_and_loss()
         self._commit()
 
-    def _evaluate(self, dl: Iterable[Any], body: Callable[[], None]) -> None:
-        """One pass in evaluation mode and without gradients, of which training notices nothing."""
-        self.dl, self.training, self._evaluating = dl, False, True
+    def _evaluate(self, dl: Iterable[Any], body: Callable[[], None]) -> bool:
+        """One pass in evaluation mode and without gradients, of which training notices nothing. False if it was cancelled."""
         try:
+            self.dl, self.training, self._evaluating = dl, False, True
             untouched = preserve_training(self.model, loader_generators(dl))
             with untouched, torch.no_grad(), self._during("during_validate"):
                 self.model.eval()
                 drawing = Pass(dl, "prediction" if self.phase == "predict" else "validation")
-                self._run("validate", lambda: self._batches(drawing, body))
+                return self._run("validate", lambda: self._batches(drawing, body))
         finally:
             self._evaluating = False
 
@@ -349,8 +362,8 @@ class Learner:
             LoopError: Called inside another validation or prediction.
         """
         dl = self._loader(dl)
-        with runs.aside(self, "validate"):
-            return self._validate(dl)
+        with runs.aside(self, "validate", dl):
+            return self._validate(dl)[0]
 
     def predict(self, batch: Any) -> Any:
         """What the model makes of one batch, in evaluation mode and without gradients.
@@ -397,7 +410,8 @@ class Learner:
             raise LoopError(f"initialize() during a {self.phase}: it must come before any hook or callback is active.")
         if not self._init:
             raise LoopError("initialize(), but init=None. Pass a stage: Learner(..., init=LSUV()).")
-        runs.run_init(self)
+        with runs.seeded(self):
+            runs.run_init(self)
         return self.init_report
 
     def stop(self, reason: str) -> None:
@@ -410,20 +424,23 @@ class Learner:
             LoopError: No fit is in progress.
         """
         if self._stages is None or "fit" not in self._stages.open:
-            raise LoopError(f"stop(reason={reason!r}), but no fit is in progress.")
+            raise LoopError(f"stop(reason={reason!r}), but no fit is in progress that could be stopped.")
         if not isinstance(reason, str) or not reason:
             raise TypeError(f"reason={reason!r}, wanted a text that says why.")
         self.stop_reason = self.stop_reason or reason
 
     def describe(self) -> None:
         """Print who runs when: each event with the callbacks that override it, in order."""
-        print(Stages(self, runs.participants(self)))  # noqa: T201
+        print(Stages(self, runs.participants(self)) if self._stages is None else self._stages)  # noqa: T201
 
     @property
     def opt(self) -> Optimizer:
         """The optimiser: built once, on first use and after the init stages."""
         if self._opt is None:
-            runs.prepare(self)
+            if self._stages is not None and self.phase != "fit":
+                raise LoopError(f"opt during a {self.phase}, but the optimiser is only built for the first fit.")
+            with runs.seeded(self):
+                runs.prepare(self)
         assert self._opt is not None
         return self._opt
 
@@ -445,7 +462,7 @@ class Learner:
         """Where batches go: the `device` given, or the model's own."""
         if self._device is not None:
             return self._device
-        tensor = next(self.model.parameters(), next(self.model.buffers(), None))
+        tensor = next(itertools.chain(self.model.parameters(), self.model.buffers()), None)
         return torch.device("cpu") if tensor is None else tensor.device
 
     @property
@@ -482,7 +499,7 @@ class Learner:
             dl = self.dls.valid
         if dl is None:
             raise DataError("dl=None and there is no validation loader. Pass one: DataLoaders(train, valid), or dl=...")
-        DataLoaders(dl)  # refuses what is no loader
+        check_loader("dl", dl)
         checks.check_not_empty(dl, "given")
         return dl
 
@@ -496,14 +513,22 @@ class Learner:
             row = (self.preds, self.yb)
             rows.append(row if device is None else to_device(row, device))
 
-        with runs.aside(self, "predict"):
+        with runs.aside(self, "predict", dl):
             self._evaluate(dl, body)
         return rows
+
+    def _drop_gradients(self) -> None:
+        self._zero_grad()
+        if self.scaler is not None and self.scaler.is_enabled():
+            self.scaler.update(self.scaler.get_scale())  # it may have noted that these gradients are unscaled
 
     def _zero_grad(self) -> None:
         self.opt.zero_grad()
         for p in self._strays:
             p.grad = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | runs.AT_REST  # a copy that is made in the midst of a run runs nothing
 
     def _release(self) -> None:
         self.batch = self.xb = self.yb = self.preds = self.loss = self._backward_loss = self._pending = None

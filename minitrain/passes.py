@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from minitrain.errors import DataError
+from minitrain.preserve import with_samplers
 
 
 class Pass:
@@ -70,13 +71,13 @@ def loader_length(dl: Any) -> int | None:
     """How many batches the loader has, or None where it cannot tell."""
     try:
         return len(dl)
-    except TypeError:  # a generator, an iterable dataset
+    except (TypeError, NotImplementedError):  # a generator, an iterable dataset
         return None
 
 
 def set_epoch(dl: Any, epoch: int) -> None:
-    """Tell a loader, or its sampler, which training epoch this is: its order may depend on it."""
-    for thing in (dl, getattr(dl, "sampler", None)):
+    """Tell a loader and its samplers which training epoch this is: their order may depend on it."""
+    for thing in with_samplers(dl):
         tell = getattr(thing, "set_epoch", None)
         if tell is not None:
             tell(epoch)

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 
 class RandomState:
-    """A snapshot of every global random number generator, and of the given `torch.Generator`s.
+    """A snapshot of every global random number generator, and of the given ones (torch's, numpy's, python's).
 
     Covers python's `random`, numpy (when it is loaded), torch's CPU generator and those of every CUDA device (when CUDA
     is in use) and of MPS.
@@ -27,13 +27,13 @@ class RandomState:
         True
     """
 
-    def __init__(self, generators: Iterable[torch.Generator] = ()) -> None:
+    def __init__(self, generators: Iterable[Any] = ()) -> None:
         self._python = random.getstate()
         self._torch = torch.get_rng_state()
         self._numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
         self._mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
-        self._generators = [(g, g.get_state()) for g in generators]
+        self._generators = [(g, _get_state(g)) for g in generators]
 
     def restore(self) -> None:
         """Put every generator back to where it was when the snapshot was taken."""
@@ -46,11 +46,26 @@ class RandomState:
         if self._mps is not None:
             torch.mps.set_rng_state(self._mps)
         for generator, state in self._generators:
-            generator.set_state(state)
+            _set_state(generator, state)
+
+
+def _get_state(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    return generator.getstate() if isinstance(generator, random.Random) else generator.bit_generator.state
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.bit_generator.state = state
 
 
 @contextmanager
-def preserve_rng(generators: Iterable[torch.Generator] = ()) -> Iterator[None]:
+def preserve_rng(generators: Iterable[Any] = ()) -> Iterator[None]:
     """Put all random states back on exit, whatever happens inside."""
     state = RandomState(generators)
     try:
@@ -93,18 +108,26 @@ class Buffers:
                 continue
             if buffer.shape != value.shape:
                 buffer.set_(value)  # type: ignore[call-overload]
-            elif not torch.equal(buffer, value):  # a write that changes nothing would still spoil a pending backward
-                buffer.copy_(value)
+            else:
+                buffer.copy_(value)  # not only where it differs: to compare would be to wait for the device
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The buffers themselves."""
+        return tuple(buffer for _, _, buffer, _ in self._saved if buffer is not None)
 
 
 @contextmanager
 def preserve_buffers(model: nn.Module) -> Iterator[None]:
-    """Put every buffer back on exit."""
+    """Put every buffer back on exit, so that even a graph that waits for its backward pass does not notice."""
     buffers = Buffers(model)
-    try:
-        yield
-    finally:
-        buffers.restore()
+    counted = tuple(buffer for buffer in buffers.tensors if not buffer.is_inference())
+    # Autograd refuses a saved tensor that has been written to since: but it will have its old values again.
+    with torch.autograd.grad_mode._unsafe_preserve_version_counter(counted):
+        try:
+            yield
+        finally:
+            buffers.restore()
 
 
 @contextmanager
@@ -121,7 +144,7 @@ def preserve_grads(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def preserve_training(model: nn.Module, generators: Iterable[torch.Generator] = ()) -> Iterator[None]:
+def preserve_training(model: nn.Module, generators: Iterable[Any] = ()) -> Iterator[None]:
     """All of the above at once: whatever runs inside, training does not notice it."""
     with preserve_rng(generators), preserve_modes(model), preserve_buffers(model), preserve_grads(model):
         yield
@@ -129,7 +152,7 @@ def preserve_training(model: nn.Module, generators: Iterable[torch.Generator] = 
 
 @contextmanager
 def unchanged_on_error(
-    model: nn.Module, generators: Iterable[torch.Generator] = (), *, unless: Callable[[], bool] = lambda: False
+    model: nn.Module, generators: Iterable[Any] = (), *, unless: Callable[[], bool] = lambda: False
 ) -> Iterator[None]:
     """If an error leaves, put random states and buffers back, except where `unless()` says that it is too late for that."""
     rng, buffers = RandomState(generators), Buffers(model)
@@ -155,17 +178,38 @@ def parameters_unchanged_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def loader_generators(loader: Any) -> list[torch.Generator]:
-    """Every `torch.Generator` that iterating `loader` may advance: its own, its sampler's, its batch sampler's."""
-    found: list[torch.Generator] = []
-    todo, seen = [loader], set[int]()
+def with_samplers(loader: Any) -> list[Any]:
+    """A loader, its sampler, its batch sampler, and the sampler of that one: each once."""
+    found: list[Any] = []
+    todo = [loader]
     while todo:
-        thing = todo.pop()
-        if thing is None or id(thing) in seen:
-            continue
-        seen.add(id(thing))
-        generator = getattr(thing, "generator", None)
-        if isinstance(generator, torch.Generator) and all(generator is not g for g in found):
-            found.append(generator)
-        todo += [getattr(thing, name, None) for name in ("sampler", "batch_sampler")]
+        thing = todo.pop(0)
+        if thing is not None and all(thing is not other for other in found):
+            found.append(thing)
+            todo += [getattr(thing, name, None) for name in ("sampler", "batch_sampler")]
     return found
+
+
+def loader_generators(loader: Any) -> list[Any]:
+    """Every random number generator that iterating `loader` may advance: its own and those of its samplers."""
+    numpy: Any = sys.modules.get("numpy")
+    kinds = (torch.Generator, random.Random, *([numpy.random.Generator] if numpy else []))
+    found: list[Any] = []
+    for thing in with_samplers(loader):
+        for value in (getattr(thing, "generator", None), *getattr(thing, "__dict__", {}).values()):
+            if isinstance(value, kinds) and all(value is not generator for generator in found):
+                found.append(value)
+    return found
+
+
+@contextmanager
+def preserve_iterator(loader: Any) -> Iterator[None]:
+    """Leave a pass over `loader` where it stands: a DataLoader with persistent workers has one iterator for all passes."""
+    standing = getattr(loader, "_iterator", None)
+    if standing is not None:
+        loader._iterator = None
+    try:
+        yield
+    finally:
+        if standing is not None:
+            loader._iterator = standing

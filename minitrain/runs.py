@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +18,10 @@ from minitrain.data import peek, to_device
 from minitrain.errors import LoopError
 from minitrain.optim import build_optimizer, check_parameters
 from minitrain.preserve import (
+    RandomState,
     loader_generators,
     parameters_unchanged_on_error,
+    preserve_iterator,
     preserve_modes,
     unchanged_on_error,
 )
@@ -28,11 +30,16 @@ from minitrain.stages import Stages
 if TYPE_CHECKING:
     from minitrain.learner import Learner
 
+_OF_A_BATCH = ("batch", "xb", "yb", "preds", "loss", "_backward_loss", "_pending")
 # What a validation inside a fit puts aside.
-_LOOP_STATE = (
-    *("batch", "xb", "yb", "preds", "loss", "_backward_loss", "_pending", "batch_idx"),
-    *("dl", "training", "phase", "running_loss"),
-)
+_LOOP_STATE = (*_OF_A_BATCH, "batch_idx", "dl", "training", "phase", "running_loss")
+# The state of a Learner that runs nothing.
+AT_REST: dict[str, Any] = {
+    **dict.fromkeys(_OF_A_BATCH),
+    **dict.fromkeys(("_stages", "_run", "_fire", "_during", "_explain", "phase", "dl")),
+    "training": False,
+    "_evaluating": False,
+}
 
 
 def participants(learn: Learner, cbs: Iterable[Callback] = ()) -> list[Callback]:
@@ -47,19 +54,22 @@ def participants(learn: Learner, cbs: Iterable[Callback] = ()) -> list[Callback]
 def running(learn: Learner, phase: str, cbs: Iterable[Callback] = ()) -> Iterator[None]:
     """A run: the dispatch table is made, callbacks are taken; afterwards modes and all loop state are as before."""
     with Stages(learn, participants(learn, cbs)) as stages:
-        learn._stages, learn.phase = stages, phase
-        learn._run, learn._fire, learn._during, learn._explain = stages.run, stages.fire, stages.during, stages.explain
         try:
+            learn._stages, learn.phase = stages, phase
+            learn._run, learn._fire, learn._during, learn._explain = (
+                stages.run,
+                stages.fire,
+                stages.during,
+                stages.explain,
+            )
             with preserve_modes(learn.model), torch.enable_grad():
                 yield
         finally:
-            learn._stages, learn.phase, learn.dl, learn.training = None, None, None, False
-            del learn._run, learn._fire, learn._during, learn._explain
-            learn._release()
+            vars(learn).update(AT_REST)
 
 
 @contextmanager
-def aside(learn: Learner, phase: str) -> Iterator[None]:
+def aside(learn: Learner, phase: str, dl: Any = None) -> Iterator[None]:
     """A run of its own, or, inside a fit, one that puts the loop's state aside and back."""
     if learn._evaluating:
         raise LoopError(f"{phase} inside a validation or prediction: they cannot be nested. Call it afterwards.")
@@ -68,9 +78,10 @@ def aside(learn: Learner, phase: str) -> Iterator[None]:
             yield
         return
     saved = {name: getattr(learn, name) for name in _LOOP_STATE}
-    learn.phase = phase
     try:
-        yield
+        learn.phase = phase
+        with preserve_iterator(dl) if dl is learn.dl else nullcontext():
+            yield
     finally:
         for name, value in saved.items():
             setattr(learn, name, value)
@@ -82,9 +93,9 @@ def new_fit(learn: Learner, n_epochs: int) -> Iterator[None]:
     counters = learn._fits, learn._epochs_begun
     learn.n_epochs, learn.epoch, learn.step_idx, learn.batch_idx, learn.stop_reason = n_epochs, 0, 0, 0, None
     learn._fits += 1
-    learn._touched = False
     held = {id(p) for group in learn.opt.param_groups for p in group["params"]}
     learn._strays = [p for p in learn.model.parameters() if id(p) not in held]
+    check_parameters(learn.opt, _trainable(learn))  # the model may have been replaced since it was built
     learn._zero_grad()
     try:
         with unchanged_on_error(learn.model, loader_generators(learn.dls.train), unless=lambda: learn._touched):
@@ -96,36 +107,58 @@ def new_fit(learn: Learner, n_epochs: int) -> Iterator[None]:
 
 
 def prepare(learn: Learner) -> None:
-    """Everything that comes before the first fit, in this order: seed, init stages, lazy parameters, optimiser."""
-    _seed_once(learn)
+    """What comes before the first fit, in this order: init stages, lazy parameters, optimiser."""
     if learn._init and not learn.initialized:
         run_init(learn)
     if learn._opt is None:
         _materialize(learn)
         opt = build_optimizer(learn.model, *learn._opt_args)
-        check_parameters(opt, [m for m in (learn.model, learn.loss_func) if isinstance(m, nn.Module)])
+        check_parameters(opt, _trainable(learn))
         learn._opt = opt
+
+
+def _trainable(learn: Learner) -> list[nn.Module]:
+    return [m for m in (learn.model, learn.loss_func) if isinstance(m, nn.Module)]
 
 
 def run_init(learn: Learner) -> None:
     """Run all init stages; if one fails, what those before it did is undone too."""
-    _seed_once(learn)
     with parameters_unchanged_on_error(learn.model), unchanged_on_error(learn.model):
         learn.init_reports = [stage(learn.model, _Inputs(learn)) for stage in learn._init]
     learn.initialized = True
 
 
-def _seed_once(learn: Learner) -> None:
+@contextmanager
+def seeded(learn: Learner, *, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Seed once. If what follows fails, random states are as before, and the next try begins as this one would go on."""
     if learn._seed is None or learn._seeded:
+        yield
         return
+    before = RandomState()
+    if learn._retry is None:
+        _seed(learn._seed)
+    else:
+        learn._retry.restore()
     learn._seeded = True
-    random.seed(learn._seed)
-    torch.manual_seed(learn._seed)
+    try:
+        yield
+    except BaseException:
+        if not unless():
+            learn._seeded, learn._retry = False, RandomState()
+            before.restore()
+        raise
+    learn._retry = None
+
+
+def _seed(seed: int) -> None:
+    seed = int(seed)  # numpy's integers are taken, too
+    random.seed(seed)
+    torch.manual_seed(seed)
     try:
         import numpy as np
     except ImportError:  # optional, for torch too
         return
-    np.random.seed(learn._seed)
+    np.random.seed(seed)
 
 
 def _materialize(learn: Learner) -> None:

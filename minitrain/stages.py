@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakSet
 
 from minitrain.callback import EVENTS, STAGES, Callback
 from minitrain.data import describe_batch
@@ -34,6 +35,8 @@ class Stages:
         cbs: The callbacks, in the order in which they run.
     """
 
+    _entered: ClassVar[WeakSet[Stages]] = WeakSet()  # of all Learners; a callback must not be in two that run
+
     def __init__(self, learn: Learner, cbs: Sequence[Callback]) -> None:
         self._learn, self.cbs = learn, tuple(cbs)
         self._table = {event: tuple(_bound(self.cbs, event)) for event in EVENTS}
@@ -43,19 +46,19 @@ class Stages:
         self._blamed: BaseException | None = None  # the last error that got a note
 
     def __enter__(self) -> Stages:
-        taken = [cb for cb in self.cbs if "_serving" in vars(cb)]
-        if taken:
-            raise LoopError(
-                f"{type(taken[0]).__name__} is in use by another Learner that is running: a callback serves one Learner at a "
-                "time. Make a second instance."
-            )
+        taken = {id(cb) for stages in Stages._entered if stages._learn._stages is stages for cb in stages.cbs}
         for cb in self.cbs:
-            vars(cb)["_serving"] = True
+            if id(cb) in taken:
+                raise LoopError(
+                    f"{type(cb).__name__} is in use by another Learner that is running: a callback serves one Learner at a "
+                    "time. Make a second instance."
+                )
+        Stages._entered.add(self)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        for cb in self.cbs:
-            vars(cb).pop("_serving", None)
+        Stages._entered.discard(self)
+        self._blamed = None  # its traceback leads here, and holds every tensor on the way
 
     def fire(self, event: str) -> None:
         """Call `event` of every callback that overrides it.
@@ -73,7 +76,10 @@ class Stages:
                     raise
                 held = self._outermost(held, error)
         if held is not None:
-            raise held
+            try:
+                raise held
+            finally:
+                del held  # or its traceback and this frame would hold one another, and the batch, until a collection
 
     def run(self, stage: str, body: Callable[[], None]) -> bool:
         """Open a stage, run its body, and end it by the right event.
@@ -107,8 +113,11 @@ class Stages:
             self.fire(after_cancel)
         except Cancel as other:
             cancel = self._outermost(other, cancel)
-        if cancel.stage != stage:
-            raise cancel
+        try:
+            if cancel.stage != stage:
+                raise cancel
+        finally:
+            del cancel  # as in `fire`
         return False
 
     def during(self, event: str) -> AbstractContextManager[Any]:

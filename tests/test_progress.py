@@ -262,7 +262,7 @@ def test_a_bar_that_does_not_come_to_its_end_is_marked_and_closed(monkeypatch, e
             make_learner(Act(raiser(error))).fit(2)
 
     text = on_terminal(fit)
-    assert re.fullmatch(rf"Epoch 2/2 : \|█+-+\| 25\.00% \[1/4 .*train loss 0\.\d+ {how}\]", screen(text)[2])
+    assert re.fullmatch(rf"Epoch 2/2 : \|█+-+\| 25\.00% \[1/4 .*train loss \d\.\d+ {how}\]", screen(text)[2])
     assert text.endswith("\n")
     assert text.count(how) == 1
 
@@ -276,7 +276,7 @@ def test_an_error_between_two_bars_is_marked_too():
         with pytest.raises(KeyboardInterrupt):
             make_learner(Fail()).fit(1)
 
-    assert screen(on_terminal(fit))[1:] == ["epoch 1/1  interrupted", ""]
+    assert screen(on_terminal(fit)) == ["epoch 1/1  interrupted", ""]
 
 
 def test_an_error_before_the_first_epoch_is_not_hidden():

@@ -55,7 +55,7 @@ class History(list[dict[str, Any]]):
         Raises:
             FileNotFoundError: The folder does not exist.
         """
-        path = Path(path)
+        path = Path(os.path.realpath(path))  # a link stays a link
         if not path.parent.is_dir():
             raise FileNotFoundError(f"path={str(path)!r}: there is no folder {str(path.parent)!r}. Make it first.")
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -63,7 +63,7 @@ class History(list[dict[str, Any]]):
             with open(part, "w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, self.columns, restval="")
                 writer.writeheader()
-                writer.writerows(self)
+                writer.writerows({key: _plain(value) for key, value in row.items()} for row in self)
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
@@ -86,6 +86,11 @@ class History(list[dict[str, Any]]):
         widths = [max(map(len, column)) for column in cells]
         lines = zip(*cells, strict=True)
         return "\n".join("  ".join(map(str.rjust, line, widths)).rstrip() for line in lines)
+
+
+def _plain(value: Any) -> Any:
+    """A number in place of a tensor that a callback has put into a row."""
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
 
 
 def show(value: Any) -> str:

@@ -171,11 +171,9 @@ class _Bars(_Lines):
         self._next = 0.0
 
     def open(self, learn: Learner) -> None:
-        valid = [] if learn.dls.valid is None else ["valid_loss", *(f"valid_{name}" for name in learn.metrics)]
-        self._columns = ["train_loss", *valid, "lr", "seconds"]
+        self._columns = []
         self._master = self._master_type(None, total=learn.n_epochs)
         _move(self._master.main_bar, 0)
-        self._write(["epoch", *self._columns])
 
     def begin_epoch(self, learn: Learner) -> None:
         _move(self._master.main_bar, learn.epoch)
@@ -200,6 +198,10 @@ class _Bars(_Lines):
 
     def end_epoch(self, learn: Learner, row: dict[str, Any]) -> None:
         self._end_pass()
+        names = [name for name in row if name not in ("fit", "epoch", "partial")]
+        if not set(names) <= set(self._columns):  # the first row, or one with something that those before it lack
+            self._columns = names
+            self._write(["epoch", *names])
         cells = [_cell(name, row.get(name)) for name in self._columns]
         cells[-1] += " partial" if row.get("partial") else ""
         self._write([str(learn.epoch + 1), *cells])

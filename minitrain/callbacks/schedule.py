@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from minitrain.callback import Callback
 from minitrain.errors import DataError
+from minitrain.optim import rate_of
 from minitrain.passes import loader_length
 
 if TYPE_CHECKING:
@@ -94,7 +95,10 @@ class OneCycle(Callback):
         self.lrs, self.momentums = [], []
         groups = learn.opt.param_groups
         total = self.total_steps if self.total_steps is not None else _count_steps(learn)
-        lr_max = [float(group["lr"]) if self.lr_max is None else self.lr_max for group in groups]
+        rates = [rate_of(group) if self.lr_max is None else self.lr_max for group in groups]
+        lr_max = [rate for rate in rates if rate is not None]
+        if len(lr_max) < len(groups):
+            raise ValueError("lr_max=None, but a parameter group has no learning rate. Give one: OneCycle(lr_max=...).")
         options = {"cycle_momentum": all(_momentum(group) for group in groups)} | self.options
         try:
             self._scheduler = OneCycleLR(learn.opt, lr_max, total_steps=total, **options)
@@ -111,6 +115,11 @@ class OneCycle(Callback):
         self.lrs.append(float(group["lr"]))
         self.momentums.append(_momentum(group, math.nan))
         if scheduler.last_epoch < scheduler.total_steps - 1:  # the cycle's last rate stays
+            if any("max_lr" not in group for group in learn.opt.param_groups):
+                raise ValueError(
+                    "a parameter group was added within a cycle, which has no rate for it. Give all groups from the start "
+                    "(Learner(splitter=...)), and thaw them by requires_grad_(True)."
+                )
             scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minitrain import EVENTS, BatchLoader, Callback, DataLoaders, Learner, errors
+from minitrain.stages import Stages
 
 CANCELS = (
     errors.CancelBatch,
@@ -191,4 +192,4 @@ def assert_clean(learn, before_modes, before_hooks):
     assert not learn.training
     for name in ("batch", "xb", "yb", "preds", "loss", "backward_loss"):
         assert getattr(learn, name) is None, name
-    assert all("_serving" not in vars(cb) for cb in learn.cbs)
+    assert learn not in [stages._learn for stages in Stages._entered]
