@@ -27,9 +27,7 @@ EPOCHS = {"mnist": 5, "digits": 20}
 INITS = {"none": None, "he": KaimingNormal(), "lsuv": LSUV()}
 
 
-def number(kind):
-    """An argparse type: a positive number."""
-
+def positive(kind):
     def parse(text):
         if not 0 < (value := kind(text)) < float("inf"):
             raise ValueError
@@ -44,15 +42,17 @@ def parse_args():
     parser.add_argument("--data", type=Path, help="the folder that holds MNIST, or shall hold it (default: data)")
     parser.add_argument("--dataset", choices=EPOCHS, help="default: mnist, or digits where it is not to be had")
     parser.add_argument(
-        "--epochs", type=number(int), help=f"default: {EPOCHS['mnist']}; {EPOCHS['digits']} for the digits"
+        "--epochs", type=positive(int), help=f"default: {EPOCHS['mnist']}; {EPOCHS['digits']} for the digits"
     )
-    parser.add_argument("--batch-size", type=number(int), default=64)
-    parser.add_argument("--lr", type=number(float), default=1e-2, help="highest rate of the one-cycle schedule")
+    parser.add_argument("--batch-size", type=positive(int), default=64)
+    parser.add_argument("--lr", type=positive(float), default=1e-2, help="highest rate of the one-cycle schedule")
     parser.add_argument("--init", choices=INITS, default="lsuv", help="PyTorch's default, He normal, or LSUV (default)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--smoke", action="store_true", help="one epoch on 512 images: does everything run?")
     args = parser.parse_args()
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"argument --seed: wanted 0 <= seed < 2**32, got {args.seed}")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:  # no such device, or a torch that was built without it
@@ -86,17 +86,24 @@ def load_digits():
     from sklearn import datasets
 
     digits = datasets.load_digits()
-    x = torch.from_numpy(digits.images).float()[:, None] / 16  # (N, 1, 8, 8), in [0, 1]
+    x = torch.from_numpy(digits.images).float()[:, None] * 255 / 16  # (N, 1, 8, 8), in [0, 255] as MNIST's
     x, y = F.interpolate(x, size=28, mode="bilinear"), torch.from_numpy(digits.target)
     test = torch.arange(len(x)) % 5 == 0
     return TensorDataset(x[~test], y[~test]), TensorDataset(x[test], y[test])
 
 
+def normalize(x, y):
+    """Of a batch of images in [0, 255]: mean 0 and standard deviation 1 over MNIST's training set."""
+    return (x.float() / 255 - 0.1307) / 0.3081, y
+
+
 def make_loaders(full, test, batch_size, seed=0, device=None):
-    """Training and validation loader, of MNIST over 55,000 and 5,000 images, and the test loader."""
-    train, valid = torch.utils.data.random_split(full, [11 / 12, 1 / 12])
-    dls = DataLoaders.from_dataset(train, valid, batch_size=batch_size, valid_batch_size=1000, seed=seed, device=device)
-    return dls, DataLoaders.from_dataset(test, batch_size=1000, shuffle=False, device=device).train
+    """Training and validation loader, of MNIST over 59,000 and 1,000 images, and the test loader."""
+    n_valid = max(len(full) // 60, 100)
+    train, valid = torch.utils.data.random_split(full, [len(full) - n_valid, n_valid])
+    options = {"valid_batch_size": 1000, "seed": seed, "transform": normalize, "device": device}
+    dls = DataLoaders.from_dataset(train, valid, batch_size=batch_size, **options)
+    return dls, DataLoaders.from_dataset(train, test, **options).valid
 
 
 def make_net():
@@ -126,7 +133,9 @@ def main():
     net = make_net().to(args.device)
     x, _ = next(iter(dls.train))  # the very batch that LSUV will see
 
-    print(f"{dataset}: {len(full)} images to train on (a twelfth of them to validate), {len(test)} to test")
+    print(
+        f"{dataset}: {len(full)} images to train on ({len(dls.valid.tensors[0])} of them to validate), {len(test)} to test"
+    )
     print("\nPyTorch's default initialisation, on the first minibatch:", layer_stats(net, x), sep="\n")
     stats = ActivationStats()
     learn = Learner(

@@ -1,9 +1,9 @@
 """The four results of the README: this net on MNIST, AdamW and SGD, LSUV and PyTorch's default, seeds 0 to 4.
 
-    python tests/benchmarks/mnist.py --data DIR    # DIR holds MNIST; about 25 minutes on two cores
+    python tests/benchmarks/mnist_results.py --data DIR    # DIR holds MNIST; about 25 minutes on two cores
 
 AdamW: the example's defaults, test accuracy after the last epoch. SGD (lr 0.05, momentum 0.9, batch size 128, the same
-one-cycle over five epochs): accuracy on the test set after the first one. Prints a Markdown table.
+one-cycle over five epochs): accuracy after the first one. Prints a Markdown table.
 """
 
 import argparse
@@ -71,10 +71,10 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=2)
-    data = parser.parse_args().data
+    args = parser.parse_args()
     jobs = [(run, init, seed) for run in RUNS for init in ("lsuv", "none") for seed in SEEDS]
-    with ProcessPoolExecutor(parser.parse_args().workers) as pool:
-        results = dict(zip(jobs, pool.map(partial(test_accuracy, data), *zip(*jobs, strict=True)), strict=True))
+    with ProcessPoolExecutor(args.workers) as pool:
+        results = dict(zip(jobs, pool.map(partial(test_accuracy, args.data), *zip(*jobs, strict=True)), strict=True))
     print("| run | initialisation | test accuracy, mean (lowest to highest) of seeds 0 to 4 |\n|---|---|---|")
     for run in RUNS:
         for init, name in (("lsuv", "LSUV"), ("none", "PyTorch's default")):
