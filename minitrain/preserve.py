@@ -88,33 +88,63 @@ def preserve_modes(model: nn.Module) -> Iterator[None]:
 class Buffers:
     """A snapshot of every buffer of a model, non-persistent ones too: the same tensor objects with the same values.
 
-    Lazy buffers that have no shape yet are left alone.
+    Left alone are lazy buffers that have no shape yet, and those that are views of a parameter: they follow it. Of sparse ones
+    and of those that overlap themselves (expanded) the object comes back, which nothing can have written to in place.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        parameters = {storage for p in model.parameters() if (storage := _storage(p))}
         self._saved = [
-            (module, name, buffer, None if buffer is None else buffer.detach().clone())
+            (module, name, buffer, None if buffer is None or not _is_plain(buffer) else buffer.detach().clone())
             for module in model.modules()
             for name, buffer in module._buffers.items()
-            if buffer is None or not is_lazy(buffer)
+            if buffer is None or not (is_lazy(buffer) or _storage(buffer) in parameters)
         ]
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Put every buffer back."""
         for module, name, buffer, value in self._saved:
             module._buffers[name] = buffer
             if buffer is None or value is None:
                 continue
-            if buffer.shape != value.shape:
-                buffer.set_(value)  # type: ignore[call-overload]
-            else:
-                buffer.copy_(value)  # not only where it differs: to compare would be to wait for the device
+            with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+                if buffer.shape != value.shape:
+                    buffer.set_(value)  # type: ignore[call-overload]
+                else:
+                    buffer.copy_(value)  # not only where it differs: to compare would be to wait for the device
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """The buffers themselves."""
         return tuple(buffer for _, _, buffer, _ in self._saved if buffer is not None)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """Where the memory of a tensor begins; 0 where it has none of its own."""
+    return tensor.untyped_storage().data_ptr() if not is_lazy(tensor) and tensor.layout == torch.strided else 0
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Dense, and every element in a place of its own: it can be copied into."""
+    return tensor.layout == torch.strided and not (0 in tensor.stride() and tensor.numel() > 1)
+
+
+@contextmanager
+def preserve_attributes(model: nn.Module) -> Iterator[None]:
+    """Put the plain attributes of every module back on exit: counters, caches, hidden states that a forward pass keeps.
+
+    Tables of parameters, buffers, modules and hooks are not among them; and a model with lazy modules is let alone, since
+    its first forward pass shapes them.
+    """
+    lazy = any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers()))
+    saved = [] if lazy else [(vars(module), dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for now, before in saved:
+            for name in [name for name in now if name not in before]:
+                del now[name]
+            now.update(before)
 
 
 @contextmanager

@@ -12,15 +12,47 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_map_only
 
 from minitrain.errors import InitError
 from minitrain.init.inputs import ModelInputs
 from minitrain.init.layers import Layer
 from minitrain.moments import Moments, moments
-from minitrain.preserve import Buffers, preserve_grads, preserve_modes, preserve_rng
+from minitrain.preserve import Buffers, preserve_attributes, preserve_grads, preserve_modes, preserve_rng
 
-Visit = Callable[[Layer, tuple[Any, ...], Mapping[str, Any], Any], Tensor | None]
-"""Called with a layer, the arguments that it was called with, and its output; may return another output."""
+
+class Call:
+    """The arguments that a layer was called with.
+
+    Args:
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        keep: Copy them, and the state of the random generator: the layer may write to the one and draw from the other.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], keep: bool) -> None:
+        self.args, self.kwargs = args, kwargs
+        self._kept = (*_copied(args, kwargs), torch.get_rng_state()) if keep else None
+
+    def repeat(self, module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+        """Call `module` in the same way; with `dtype`, floating-point arguments are converted."""
+        args, kwargs = self.args, self.kwargs
+        if self._kept is not None:
+            args, kwargs = _copied(*self._kept[:2])
+            torch.set_rng_state(self._kept[2])
+        if dtype is not None:
+            args, kwargs = tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (args, kwargs))
+        output: Tensor = module(*args, **kwargs)
+        return output
+
+
+def _copied(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    args, kwargs = tree_map_only(Tensor, torch.clone, (args, dict(kwargs)))
+    return args, kwargs
+
+
+Visit = Callable[[Layer, Call, Any], Tensor | None]
+"""Called with a layer, how it was called, and its output; may return another output."""
 
 
 @contextmanager
@@ -66,7 +98,7 @@ class Forward:
         inputs, buffers = self._inputs.fresh(), Buffers(self._model)
         self.count += 1
         try:
-            with preserve_rng():
+            with preserve_rng(), preserve_attributes(self._model):
                 self._model(*inputs.args, **inputs.kwargs)
         except Exception as error:
             error.add_note(f"in a forward pass of the initialisation, over a batch of shape {self._inputs}")
@@ -75,38 +107,57 @@ class Forward:
             buffers.restore()
 
 
-def run_watched(forward: Forward, layers: Iterable[Layer], visit: Visit) -> None:
+def run_watched(
+    forward: Forward, layers: Iterable[Layer], visit: Visit, repeatable: Callable[[str], bool] = lambda name: True
+) -> None:
     """One forward pass with `visit` called after each call of a layer, behind all hooks that are there already.
+
+    Args:
+        forward: The pass.
+        layers: The layers.
+        visit: What is called, without gradients.
+        repeatable: Whether the layer of this name can be called again on the same arguments without harm.
 
     Raises:
         InitError: `visit` raised it, even where the model swallowed it.
     """
     errors: list[InitError] = []
+    repeating: list[Layer] = []
 
-    def guarded(*call: Any) -> Tensor | None:
+    def guarded(layer: Layer, call: Call, output: Any) -> Tensor | None:
+        if repeating:
+            return None
         try:
-            return visit(*call)
+            with torch.no_grad():
+                replaced = visit(layer, call, output)
         except InitError as error:
             errors.append(error)
             raise
+        if replaced is None or not torch.is_grad_enabled():
+            return replaced
+        repeating.append(layer)  # the model differentiates within its forward pass: it needs a graph of the new weights
+        try:
+            return call.repeat(layer.module)
+        finally:
+            repeating.clear()
 
     with ExitStack() as stack:
         for layer in layers:
-            for handle in _hook(layer, guarded):
+            for handle in _hook(layer, guarded, keep=not repeatable(layer.name)):
                 stack.callback(handle.remove)
         forward()
     if errors:
         raise errors[0]
 
 
-def _hook(layer: Layer, visit: Visit) -> Iterator[torch.utils.hooks.RemovableHandle]:
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []  # a stack: a module may call itself
+def _hook(layer: Layer, visit: Visit, keep: bool) -> Iterator[torch.utils.hooks.RemovableHandle]:
+    calls: list[Call] = []  # a stack: a module may call itself, and is called again while it is visited
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append((args, kwargs))
+        calls.append(Call(args, kwargs, keep))
 
     def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
-        return visit(layer, *calls.pop(), output)
+        return visit(layer, calls.pop(), output)
 
     # Registered in front, so that it sees the arguments before any other hook has touched them: calling the module with
     # them repeats the call in full.
@@ -125,8 +176,8 @@ def measure(forward: Forward, layers: Iterable[Layer]) -> dict[str, list[Moments
     """
     found: defaultdict[str, list[Moments]] = defaultdict(list)
 
-    def visit(layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-        stats = output_moments(layer, args, kwargs, output)
+    def visit(layer: Layer, call: Call, output: Any) -> None:
+        stats = output_moments(layer, call, output)
         if stats is not None:
             found[layer.name].append(stats)
 
@@ -134,7 +185,7 @@ def measure(forward: Forward, layers: Iterable[Layer]) -> dict[str, list[Moments
     return found
 
 
-def output_moments(layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Moments | None:
+def output_moments(layer: Layer, call: Call, output: Any) -> Moments | None:
     """The moments of a layer's output; None where that is no dense tensor of real numbers, or empty.
 
     Raises:
@@ -145,7 +196,7 @@ def output_moments(layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any
     stats = moments(output)
     if math.isfinite(stats.mean) and math.isfinite(stats.m2):
         return stats
-    given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point()]
+    given = [t for t in (*call.args, *call.kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point()]
     if not all(t.isfinite().all() for t in given):
         cause = "So does its input: look at the data, and at what comes before this layer."
     elif not all(p.isfinite().all() for p in layer.module.parameters()):

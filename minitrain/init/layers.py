@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,31 +151,33 @@ class Sharing:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        extents = []
+        self._extents: list[tuple[str, int, int, str]] = []  # device, first byte, the one behind the last, owner
+        self._of: dict[int, tuple[str, int, int]] = {}
         for name, module in model.named_modules():
             owner = name.split(".parametrizations.")[0].removesuffix(".parametrizations")
             for parameter in module._parameters.values():
                 if parameter is not None and not is_lazy(parameter) and parameter.numel():
-                    extents.append((str(parameter.device), *_extent(parameter), owner, parameter))
-        self._group: dict[int, int] = {}
-        self._owners: defaultdict[int, list[str]] = defaultdict(list)
-        group, device, reach = 0, "", 0
-        for where, start, end, owner, parameter in sorted(extents, key=lambda e: e[:3]):
-            if where != device or start >= reach:
-                group, device, reach = group + 1, where, end
-            reach = max(reach, end)
-            self._group[id(parameter)] = group
-            self._owners[group].append(owner)
+                    place = (str(parameter.device), *_extent(parameter))
+                    self._of[id(parameter)] = place
+                    self._extents.append((*place, owner))
 
     def partners(self, parameter: nn.Parameter, name: str) -> list[str]:
         """The names of the other modules that hold (part of) this parameter of the layer `name`; no parents of it."""
-        owners = dict.fromkeys(self._owners[self._group.get(id(parameter), 0)])
+        device, start, end = self._of.get(id(parameter), ("", 0, 0))
+        owners = dict.fromkeys(o for d, s, e, o in self._extents if d == device and s < end and start < e)
         return [o for o in owners if o != name and o and not name.startswith(f"{o}.")]
 
     @property
     def sharers(self) -> set[str]:
         """The names of all modules that share a parameter with another one."""
-        return {owner for owners in self._owners.values() if len(set(owners)) > 1 for owner in owners}
+        found: set[str] = set()
+        last: tuple[str, int, int, str] | None = None
+        for extent in sorted(self._extents):
+            if last is not None and extent[0] == last[0] and extent[1] < last[2]:
+                found |= {last[3], extent[3]}
+            if last is None or extent[0] != last[0] or extent[2] > last[2]:
+                last = extent
+        return found
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from minitrain.init.inputs import ModelInputs, first, from_data, from_inputs
 from minitrain.init.layers import Layer, choose, find_layers, unowned_parameters, unwrap
 from minitrain.init.normalizer import Normalizer
 from minitrain.init.report import InitReport, LayerRow, LSUVReport
-from minitrain.init.rollback import rolled_back_on_error
+from minitrain.init.rollback import rolled_back, rolled_back_on_error
 from minitrain.moments import Moments
 
 
@@ -134,9 +134,14 @@ class LSUV:
             stage.normalize(forward)
             if self.verify:
                 stage.verify(forward)
-            rows, unowned = stage.rows(), unowned_parameters(model, layers)
-        seconds = time.perf_counter() - start
-        return LSUVReport("LSUV", rows, forward.count, seconds, batch=str(inputs), unowned=unowned)
+            return LSUVReport(
+                "LSUV",
+                stage.rows(),
+                forward.count,
+                time.perf_counter() - start,
+                batch=str(inputs),
+                unowned=unowned_parameters(model, layers),
+            )
 
 
 def lsuv_(
@@ -226,7 +231,7 @@ def layer_stats(model: nn.Module, batch: Any, *, layers: Any = None) -> InitRepo
     _require(batch)
     model = unwrap(model)
     inputs = _on_device(from_data(batch, None), model)
-    with rolled_back_on_error(model), at_rest(model):
+    with rolled_back(model), at_rest(model):
         forward = Forward(model, inputs)
         found = _shaped_layers(model, forward)
         chosen = choose(model, found, layers)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import copy
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from minitrain.errors import InitError
-from minitrain.init.forward import Forward, is_measurable, measure, output_moments, run_watched
+from minitrain.init.forward import Call, Forward, is_measurable, measure, output_moments, run_watched
 from minitrain.init.layers import Layer, Sharing
 from minitrain.init.report import LayerRow
-from minitrain.init.solve import Bench, center, normalize, tolerance_of
-from minitrain.moments import Moments
+from minitrain.init.solve import Bench, center, is_rounding, normalize, tolerance_of
+from minitrain.moments import Moments, moments
 
 HELPLESS = frozenset({"dead", "few_values", "unscalable", "unhandled", "unreached", "failed"})
 """The statuses that are an error if `strict`."""
@@ -28,8 +29,7 @@ class _Visit:
     """The first call of a layer: all that there is to decide on."""
 
     layer: Layer
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    call: Call
     output: Tensor
     stats: Moments
 
@@ -79,7 +79,7 @@ class Normalizer:
             if name in names
         ]
         try:
-            run_watched(forward, self._handled(), self._visit)
+            run_watched(forward, self._handled(), self._visit, repeatable=self._affine.__contains__)
         finally:
             for handle in handles:
                 handle.remove()
@@ -158,14 +158,14 @@ class Normalizer:
 
     # -- at a layer ---------------------------------------------------------------------------------------------------
 
-    def _visit(self, layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Tensor | None:
-        if self._busy:
+    def _visit(self, layer: Layer, call: Call, output: Any) -> Tensor | None:
+        if self._busy or (isinstance(output, Tensor) and not output.numel()):  # an expert that got no sample, say
             return None
         if layer.name in self._rows:
             row = self._rows[layer.name]
             self._rows[layer.name] = replace(row, calls=row.calls + 1)
             return None
-        stats = output_moments(layer, args, kwargs, output)
+        stats = output_moments(layer, call, output)
         if stats is None:
             verdict = _Verdict("unscalable", f"its output is no dense real tensor with values ({_describe(output)})")
             if layer.name not in self._chosen:
@@ -175,7 +175,7 @@ class Normalizer:
             return None
         self._busy = True
         try:
-            verdict = self._treat(_Visit(layer, args, kwargs, output, stats))
+            verdict = self._treat(_Visit(layer, call, output, stats))
         finally:
             self._busy = False
         if verdict.centered:
@@ -198,14 +198,22 @@ class Normalizer:
             return _Verdict("dead", "its weight is all zeros", excused=True)
         if stats.std <= 1e-15 * abs(stats.mean):  # what float64 leaves of a constant
             return _Verdict("dead", "its output does not vary: std is 0")
-        if any(not t.any() for t in (*visit.args, *visit.kwargs.values()) if is_measurable(t)):
+        if self._gets_zeros(visit):
             return _Verdict("dead", "its input is all zeros")
+        if is_rounding(stats, weight.dtype, visit.output.dtype):
+            return _Verdict("unscalable", _not_representable(stats, visit.output.dtype))
         self._tolerance[layer.name] = tolerance_of(weight.dtype, visit.output.dtype)
         partner = self._partner(weight, layer.name)
         bias, why_not = self._movable_bias(layer)
         if partner:
             return self._tied(visit, partner, bias)
         return self._scale(visit, weight, bias, why_not)
+
+    def _gets_zeros(self, visit: _Visit) -> bool:
+        """What it puts out can only be the spread of its bias. Of a layer that takes more than one input, all count."""
+        given = [t for t in (*visit.call.args, *visit.call.kwargs.values()) if is_measurable(t)]
+        product = visit.layer.name in self._affine and isinstance(visit.layer.module, nn.Bilinear)
+        return bool(given) and (any if product else all)(not t.any() for t in given)
 
     def _partner(self, parameter: nn.Parameter, name: str) -> str:
         """The name of a module that shares this parameter, and was called before or is to be left as it is."""
@@ -229,7 +237,7 @@ class Normalizer:
         reason = f"its weight is shared with {partner!r}"
         output = None
         if self._center and bias is not None:
-            bench = Bench(None, bias, _repeat(visit))
+            bench = Bench(None, bias, partial(visit.call.repeat, visit.layer.module))
             output = center(bench, visit.stats, self._tolerance[visit.layer.name])
         return _Verdict("tied", reason, excused=True, output=output)
 
@@ -240,12 +248,25 @@ class Normalizer:
             output = _divide(visit, weight, bias, centering)
             return _Verdict(status, reason, output=output, centered=centering)
         tolerance = self._tolerance[visit.layer.name]
-        bench = Bench(weight, bias, _repeat(visit))
+        bench = Bench(weight, bias, partial(visit.call.repeat, visit.layer.module))
         solve = partial(normalize, bench, visit.output, visit.stats, tolerance=tolerance)
+        affine = visit.layer.name in self._affine
         if (solved := solve(center=centering)) is not None:
-            return _Verdict(status, reason, output=solved, centered=centering)
-        if centering and (scaled := solve(center=False)) is not None:
-            return _Verdict("scaled", "its mean does not follow its bias", output=scaled)
+            if not affine or _holds_in_float64(visit, tolerance, centering):
+                return _Verdict(status, reason, output=solved, centered=centering)
+            bench.run()
+            return _Verdict("unscalable", _not_representable(visit.stats, visit.output.dtype))
+        if centering and not affine and (scaled := solve(center=False)) is not None:
+            if (
+                center(Bench(None, bias, partial(visit.call.repeat, visit.layer.module)), moments(scaled), tolerance)
+                is None
+            ):
+                return _Verdict("scaled", "its mean cannot be brought to 0 by its bias", output=scaled)
+            bench.run()
+        if affine:
+            fixed = visit.layer.bias is not None and bias is None
+            cause = f"{why_not}, and its spread alone is too large" if fixed else ""
+            return _Verdict("unscalable", cause or _not_representable(visit.stats, visit.output.dtype))
         shifted = center(bench, visit.stats, tolerance) if centering else None
         also = "" if shifted is None else ", only centred"
         return _Verdict("unscalable", f"the std of its output does not follow its weight{also}", output=shifted)
@@ -272,12 +293,19 @@ def _divide(visit: _Visit, weight: nn.Parameter, bias: nn.Parameter | None, cent
     return visit.output.sub(mean).div_(std)
 
 
-def _repeat(visit: _Visit) -> Callable[[], Tensor]:
-    def run() -> Tensor:
-        output: Tensor = visit.layer.module(*visit.args, **visit.kwargs)
-        return output
+def _holds_in_float64(visit: _Visit, tolerance: float, centering: bool) -> bool:
+    """The layer, as it is now, computed in float64: mean and standard deviation are no artefact of rounding."""
+    if visit.output.dtype == torch.float64 or visit.output.device.type == "mps":  # which has none
+        return True
+    stats = moments(visit.call.repeat(copy.deepcopy(visit.layer.module).double(), torch.float64))
+    return abs(stats.std - 1) < 2 * tolerance and (not centering or abs(stats.mean) < 2 * tolerance)
 
-    return run
+
+def _not_representable(stats: Moments, dtype: torch.dtype) -> str:
+    return (
+        f"its spread (std={stats.std:.3g}) beside its mean ({stats.mean:.3g}) is too small for the precision of "
+        f"{str(dtype).removeprefix('torch.')}"
+    )
 
 
 def _left_out() -> _Verdict:

@@ -41,8 +41,8 @@ class Bench:
 def normalize(bench: Bench, output: Tensor, start: Moments, *, center: bool, tolerance: float) -> Tensor | None:
     """Find scale and shift of a layer that need not be affine in its weight and bias.
 
-    The first attempt is exact for an affine layer. After that each attempt learns from the last two how the standard
-    deviation follows the scale, and the mean the shift.
+    Each attempt scales, looks, shifts, and looks again, and learns how the standard deviation follows the scale and the mean
+    the shift. For an affine layer the first attempt is exact.
 
     Args:
         bench: The layer.
@@ -56,34 +56,39 @@ def normalize(bench: Bench, output: Tensor, start: Moments, *, center: bool, tol
     """
     scale, shift, now = 1.0, 0.0, start
     slope, gain = 1.0, 1.0  # of log std over log scale, of mean over shift
-    best, setting, fruitless, at_once = math.inf, (1.0, 0.0), 0, False
+    best, setting, fruitless, homogeneous = math.inf, (1.0, 0.0), 0, False
     for attempt in range(ATTEMPTS):
         factor = now.std ** (-1 / slope)
-        move = -now.mean * factor / gain if center else 0.0
-        scale, shift = scale * factor, shift * factor + move
+        scale, shift = scale * factor, shift * factor
         last, now = now, moments(bench.run(scale, scale, shift))
-        if not (math.isfinite(now.mean) and math.isfinite(now.m2) and now.std > 0):
+        if not _is_usable(now):
             break
+        if attempt == 0:
+            homogeneous = abs(now.std - 1) < tolerance  # the output scales as weight and bias do
+            if not homogeneous and not _responds(bench, output, start, (1.0, 0.0), (2**4, 2**10, 2**20)):
+                break
+        if abs(math.log(factor)) > 1e-3:
+            slope = min(max(math.log(now.std / last.std) / math.log(factor), 0.25), 4.0)
+        if center and now.mean:
+            move = -now.mean / gain
+            shift += move
+            last, now = now, moments(bench.run(scale, scale, shift))
+            if not _is_usable(now):
+                break
+            if abs(move) > 1e-3:
+                gain = _gain(now.mean - last.mean, move)
         off = max(abs(now.std - 1), abs(now.mean) if center else 0.0)
         fruitless = 0 if off < best else fruitless + 1
         if off < best:
             best, setting = off, (scale, shift)
-        if attempt == 0:
-            at_once = off < tolerance
-            if not at_once and not _responds(bench, output, start, (1.0, 0.0)):
-                break
         if fruitless == PATIENCE or best == 0:
             break
-        if abs(math.log(factor)) > 1e-3:
-            slope = min(max(math.log(now.std / last.std) / math.log(factor), 0.25), 4.0)
-        if abs(move) > 1e-3:
-            gain = _gain(now.mean - factor * last.mean, move)
     if best < tolerance:
         result = bench.run(setting[0], *setting)
-        # An affine layer is there at once. Any other one might have got there by the spread of its bias alone.
-        if at_once:
+        # One that does not scale with weight and bias might have got there by the spread of its bias alone.
+        if homogeneous:
             return result
-        if _responds(bench, result, moments(result), setting):
+        if _responds(bench, result, moments(result), setting, (2.0,)):
             return bench.run(setting[0], *setting)
     bench.run()
     return None
@@ -108,18 +113,35 @@ def tolerance_of(*dtypes: torch.dtype) -> float:
     return 1e-2 if min(dtype.itemsize for dtype in dtypes) < 4 else 1e-3
 
 
-def _responds(bench: Bench, output: Tensor, stats: Moments, setting: tuple[float, float]) -> bool:
-    """Twice the weight, with the same bias, makes a difference that is not small against the output's spread."""
+def is_rounding(stats: Moments, *dtypes: torch.dtype) -> bool:
+    """The spread is no more than what rounding leaves beside such a mean: sums are made in float32, or in float64."""
+    exact = all(dtype == torch.float64 for dtype in dtypes)
+    return stats.std <= 100 * torch.finfo(torch.float64 if exact else torch.float32).eps * abs(stats.mean)
+
+
+def _is_usable(stats: Moments) -> bool:
+    return math.isfinite(stats.mean) and math.isfinite(stats.m2) and stats.std > 0
+
+
+def _responds(
+    bench: Bench, output: Tensor, stats: Moments, setting: tuple[float, float], factors: tuple[float, ...]
+) -> bool:
+    """So many times the weight, with the same bias, makes a difference that is not small against the output's spread."""
     scale, shift = setting
-    other = bench.run(2 * scale, scale, shift)
-    spread = moments(other - output).std
-    return math.isfinite(spread) and spread > 1e-2 * stats.std
+    for factor in factors:
+        spread = moments(bench.run(factor * scale, scale, shift) - output).std
+        if math.isfinite(spread) and spread > 1e-2 * stats.std:
+            return True
+    return False
 
 
 def _gain(moved: float, move: float) -> float:
-    return min(max(moved / move, 1e-3), 1e3)
+    gain = moved / move
+    return math.copysign(min(max(abs(gain), 1e-3), 1e3), gain)
 
 
 def _affine(tensor: Tensor, scale: float, shift: float) -> Tensor:
     """`scale * tensor + shift`, rounded once (MPS has no float64)."""
+    if scale == 1 and shift == 0:
+        return tensor  # -0.0 stays -0.0
     return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64) * scale + shift
