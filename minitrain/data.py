@@ -1,23 +1,18 @@
-"""Data: `DataLoaders`, `BatchLoader`, and what the loop does with a batch."""
+"""Data: `DataLoaders`, and `BatchLoader`, which slices whole batches out of tensors in memory."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-import itertools
-import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
-from torch.utils.data.sampler import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
-from minitrain.errors import DataError, InitError
-from minitrain.preserve import RandomState, loader_generators
+from minitrain.batch import describe_batch
 
 
 class DataLoaders:
@@ -228,220 +223,6 @@ class BatchLoader:
 def _mix(seed: int, epoch: int) -> int:
     """A seed for (seed, epoch) that does not collide as seed + epoch does."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{epoch}".encode()).digest()[:8], "big") >> 1
-
-
-# -- what the loop does with a batch ----------------------------------------------------------------------------------
-
-
-def split_batch(batch: Any) -> tuple[Any, Any]:
-    """`(xb, yb)`: all but the last element, and the last. One input stays bare, several are a tuple.
-
-    A bare tensor is its own input, and `yb` is None.
-
-    Raises:
-        DataError: The batch is anything else.
-    """
-    if isinstance(batch, Tensor):
-        return batch, None
-    if isinstance(batch, (tuple, list)) and len(batch) >= 2 and not isinstance(batch, PackedSequence):
-        return (batch[0] if len(batch) == 2 else tuple(batch[:-1])), batch[-1]
-    raise DataError(
-        f"a batch is {describe_batch(batch)}, wanted (x, y), (x1, ..., y) or a bare tensor. Make the loader yield that, or "
-        "override Learner.split_batch."
-    )
-
-
-def n_samples(batch: Any) -> int:
-    """The leading dimension of the first tensor in a batch.
-
-    Raises:
-        DataError: There is no tensor with a dimension in it.
-    """
-    first = next(_tensors_in(batch), None)
-    if first is None or first.dim() == 0:
-        raise DataError(f"cannot tell how many samples are in {describe_batch(batch)}: override Learner.n_samples.")
-    return len(first)
-
-
-def to_device(batch: Any, device: torch.device | str) -> Any:
-    """Move every tensor of a nested batch: tuples, lists, mappings, named tuples, and objects with a `to` method.
-
-    What is there already is returned as it is, the same object, and all else is left alone. Containers keep their type.
-
-    Example:
-        >>> batch = {"x": torch.zeros(2), "names": ["a", "b"]}
-        >>> to_device(batch, "cpu") is batch
-        True
-    """
-    if isinstance(batch, Tensor):
-        return batch if batch.device == device else batch.to(device, non_blocking=True)
-    to = getattr(batch, "to", None)
-    if callable(to) and not inspect.isclass(
-        batch
-    ):  # asked first: a PackedSequence is also a tuple, a BatchEncoding a mapping
-        return to(device)
-    if isinstance(batch, (tuple, list, Mapping)):
-        items = list(batch.values()) if isinstance(batch, Mapping) else batch
-        moved = [to_device(item, device) for item in items]
-        return batch if all(map(operator.is_, moved, items)) else _like(batch, moved)
-    return batch
-
-
-def concatenate(parts: Sequence[Any]) -> Any:
-    """Batches of one form, as one: tensors along their first dimension (scalars are stacked), containers item by item.
-
-    Example:
-        >>> concatenate([(torch.zeros(2, 3), None), (torch.zeros(1, 3), None)])[0].shape
-        torch.Size([3, 3])
-    """
-    first = parts[0]
-    if isinstance(first, Tensor):
-        return torch.cat(list(parts)) if first.dim() else torch.stack(list(parts))
-    if isinstance(first, Mapping):
-        return _like(first, [concatenate([part[key] for part in parts]) for key in first])
-    if isinstance(first, (tuple, list)):
-        return _like(first, [concatenate(items) for items in zip(*parts, strict=True)])
-    return None if first is None else list(parts)
-
-
-def describe_batch(batch: Any) -> str:
-    """Shapes, dtypes and devices of a nested batch, for error messages.
-
-    Example:
-        >>> describe_batch((torch.zeros(64, 1, 28, 28), {"y": torch.zeros(64, dtype=torch.int64)}))
-        "(float32 (64, 1, 28, 28) cpu, {'y': int64 (64,) cpu})"
-    """
-    if isinstance(batch, Tensor):
-        return f"{str(batch.dtype).removeprefix('torch.')} {tuple(batch.shape)} {batch.device}"
-    if isinstance(batch, Mapping):
-        return "{" + _few(f"{key!r:.40}: {describe_batch(value)}" for key, value in batch.items()) + "}"
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        fields = zip(batch._fields, batch, strict=True)
-        return f"{type(batch).__name__}({_few(f'{name}={describe_batch(item)}' for name, item in fields)})"
-    if isinstance(batch, (tuple, list)):
-        inner = _few(map(describe_batch, batch))
-        return f"[{inner}]" if isinstance(batch, list) else f"({inner}{',' if len(batch) == 1 else ''})"
-    return f"{batch!r}"[:40] if batch is None or isinstance(batch, (bool, int, float, str)) else type(batch).__name__
-
-
-def _few(texts: Iterable[str]) -> str:
-    first = list(itertools.islice(texts, 9))
-    return ", ".join([*first[:8], "..."] if len(first) > 8 else first)
-
-
-def _like(container: Any, items: list[Any]) -> Any:
-    """A container of the same type around other items."""
-    if not isinstance(container, Mapping):
-        return getattr(container, "_make", type(container))(items)  # a named tuple has _make
-    values = dict(zip(container, items, strict=True))
-    try:
-        return type(container)(values)  # type: ignore[call-arg]
-    except TypeError:  # a mapping that is not made from a dict
-        return values
-
-
-def _tensors_in(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, PackedSequence):  # its first dimension is time steps
-        return
-    elif isinstance(batch, (tuple, list, Mapping)):
-        for item in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _tensors_in(item)
-
-
-# -- what can be known of a loader ------------------------------------------------------------------------------------
-
-
-def shuffles(loader: Any) -> bool:
-    """Whether a loader is known to give its samples in random order."""
-    if isinstance(loader, BatchLoader):
-        return loader.shuffle
-    if not isinstance(loader, DataLoader):
-        return False
-    samplers = loader.sampler, getattr(loader.batch_sampler, "sampler", None)
-    return any(isinstance(s, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)) for s in samplers)
-
-
-def peek(loader: Any) -> Iterable[Any]:
-    """The batches that training would see first, drawn without moving its stream.
-
-    They are taken in this process, whatever the loader's number of workers, by its batch sampler, dataset and collate
-    function. All random states lie where they were after each draw, and other random numbers may be drawn in between.
-
-    Args:
-        loader: A sequence of batches, a `BatchLoader`, or a `DataLoader` over a map-style dataset.
-
-    Returns:
-        An iterable that begins anew each time; it raises `DataError` if the loader has no batch.
-
-    Raises:
-        InitError: The loader cannot be drawn from without moving it.
-
-    Example:
-        >>> loader = DataLoader(TensorDataset(torch.arange(100)), batch_size=4, shuffle=True)
-        >>> seen = [next(iter(peek(loader))) for _ in range(2)]
-        >>> seen[0][0].equal(seen[1][0]) and seen[0][0].equal(next(iter(loader))[0])
-        True
-    """
-    if isinstance(loader, DataLoader):
-        stateless = not any(isinstance(s, Iterator) for s in (loader.sampler, loader.batch_sampler))
-        untouched = type(loader).__iter__ is DataLoader.__iter__ and not isinstance(loader.dataset, IterableDataset)
-        if stateless and untouched:
-            return _Peek(loader, _in_this_process)
-    elif isinstance(loader, (BatchLoader, Sequence)):
-        return _Peek(loader, _in_order)
-    raise InitError(
-        f"cannot draw a batch for initialisation from {type(loader).__name__} without moving its stream; pass the data: "
-        "LSUV(data=...)."
-    )
-
-
-class _Peek:
-    """The batches of `begin(loader)`, drawn on a timeline of random states of their own."""
-
-    def __init__(self, loader: Any, begin: Callable[[Any], Iterator[Any]]) -> None:
-        self._loader, self._begin = loader, begin
-
-    def __iter__(self) -> Iterator[Any]:
-        generators = loader_generators(self._loader)
-        return self._draw(generators, RandomState(generators))
-
-    def _draw(self, generators: list[Any], timeline: RandomState) -> Iterator[Any]:
-        batches, n_drawn = self._begin(self._loader), 0
-        while True:
-            present = RandomState(generators)
-            timeline.restore()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                break
-            finally:
-                timeline = RandomState(generators)
-                present.restore()
-            n_drawn += 1
-            yield batch
-        if n_drawn == 0:
-            name = type(self._loader).__name__
-            raise DataError(f"the loader ({name}) has no batch. drop_last=True with fewer samples than a batch?")
-
-
-def _in_order(loader: Iterable[Any]) -> Iterator[Any]:
-    yield from loader  # a generator: its iter() too is drawn on the timeline
-
-
-def _in_this_process(loader: DataLoader[Any]) -> Iterator[Any]:
-    """What iterating a map-style DataLoader gives, in the same order under the same random state."""
-    dataset: Any = loader.dataset
-    indices = iter(loader.sampler if loader.batch_sampler is None else loader.batch_sampler)
-    torch.empty((), dtype=torch.int64).random_(generator=loader.generator)  # the workers' seed, which iter() draws here
-    for index in indices:
-        if loader.batch_sampler is None:
-            yield loader.collate_fn(dataset[index])
-        elif getattr(dataset, "__getitems__", None):
-            yield loader.collate_fn(dataset.__getitems__(index))
-        else:
-            yield loader.collate_fn([dataset[i] for i in index])
 
 
 # -- datasets ---------------------------------------------------------------------------------------------------------

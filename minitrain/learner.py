@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minitrain import checks, runs
+from minitrain.batch import concatenate, n_samples, split_batch, to_device
 from minitrain.callback import Callback
 from minitrain.callbacks import History, OneCycle
-from minitrain.data import DataLoaders, check_loader, concatenate, n_samples, shuffles, split_batch, to_device
+from minitrain.data import DataLoaders, check_loader
 from minitrain.errors import Cancel, CancelStep, DataError, LoopError
 from minitrain.init import InitReport, InitStage
 from minitrain.metrics import Mean, Metric, as_metrics, compute_metrics
 from minitrain.optim import Splitter, learning_rate, rate_of
 from minitrain.passes import Pass, set_epoch
+from minitrain.peek import shuffles
 from minitrain.preserve import RandomState, loader_generators, preserve_training
 from minitrain.stages import Stages
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol, SupportsFloat
 import torch
 from torch import Tensor
 
-from minitrain.data import n_samples
+from minitrain.batch import n_samples
 from minitrain.errors import LoopError
 
 

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from minitrain.batch import to_device
 from minitrain.callback import Callback
 from minitrain.callbacks import Progress
 from minitrain.checks import check_callbacks
-from minitrain.data import peek, to_device
 from minitrain.errors import LoopError
 from minitrain.optim import build_optimizer, check_parameters
+from minitrain.peek import peek
 from minitrain.preserve import (
     RandomState,
     loader_generators,

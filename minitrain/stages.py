@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakSet
 
+from minitrain.batch import describe_batch
 from minitrain.callback import EVENTS, STAGES, Callback
-from minitrain.data import describe_batch
 from minitrain.errors import Cancel, LoopError
 
 if TYPE_CHECKING:

@@ -25,18 +25,10 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from minitrain.data import (
-    BatchLoader,
-    DataLoaders,
-    concatenate,
-    describe_batch,
-    n_samples,
-    peek,
-    shuffles,
-    split_batch,
-    to_device,
-)
+from minitrain.batch import concatenate, describe_batch, n_samples, split_batch, to_device
+from minitrain.data import BatchLoader, DataLoaders
 from minitrain.errors import DataError, InitError
+from minitrain.peek import peek, shuffles
 
 X, Y = torch.arange(30.0).reshape(10, 3), torch.arange(10)
 POINT = namedtuple("POINT", "x y")

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from minitrain.data import peek, split_batch, to_device
+from minitrain.batch import split_batch, to_device
 from minitrain.errors import DataError, InitError
+from minitrain.peek import peek
 
 FORMS = "a tensor, a tuple of positional arguments, a dict of keyword arguments, or a loader (a list of batches)"
 
 
-@dataclass(frozen=True)
-class ModelInputs:
+class ModelInputs(NamedTuple):
     """The positional and keyword arguments of one call of the model."""
 
     args: tuple[Any, ...]
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    kwargs: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def tensors(self) -> list[Tensor]:

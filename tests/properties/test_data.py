@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
-from minitrain.data import BatchLoader, DataLoaders, concatenate, describe_batch, n_samples, peek, to_device
+from minitrain.batch import concatenate, describe_batch, n_samples, to_device
+from minitrain.data import BatchLoader, DataLoaders
+from minitrain.peek import peek
 
 seeds = st.integers(0, 2**40)
 epochs = st.integers(0, 2**40)
