@@ -6,6 +6,7 @@ import difflib
 import functools
 import inspect
 from contextlib import AbstractContextManager, nullcontext
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,6 +39,13 @@ EVENTS = (
 )
 """Every event, in the order of a fit; then the six cancels; then the three contexts."""
 
+_UNUSUAL = (
+    inspect.CO_VARARGS
+    | inspect.CO_VARKEYWORDS
+    | inspect.CO_GENERATOR
+    | inspect.CO_COROUTINE
+    | inspect.CO_ASYNC_GENERATOR
+)
 _PREFIXES = ("before_", "after_", "during_")
 
 
@@ -201,6 +209,8 @@ class Callback:
 
 def _check_event(cls: type, name: str, value: Any) -> None:
     """Raise `TypeError` unless `value` can serve as the event `name` of `cls`."""
+    if name in EVENTS and _is_plain(value):
+        return
     where = f"{cls.__name__}.{name}"
     is_bound = hasattr(type(value), "__get__")  # looked up on an instance, it becomes a method of it
     is_method = callable(value) or is_bound
@@ -226,3 +236,15 @@ def _check_event(cls: type, name: str, value: Any) -> None:
     ):
         got = ", ".join(str(p) for p in parameters)
         raise TypeError(f"{where} has the signature ({got}), wanted ({', '.join(wanted)}).")
+
+
+def _is_plain(value: Any) -> bool:
+    """A function (self, learn) like any other: seen without `inspect`, which is slow."""
+    code = getattr(value, "__code__", None)
+    return (
+        type(value) is FunctionType
+        and code is not None
+        and (code.co_argcount, code.co_kwonlyargcount) == (2, 0)
+        and not code.co_flags & _UNUSUAL
+        and not hasattr(value, "__wrapped__")
+    )

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minitrain import plot
 from minitrain.callback import Callback
 from minitrain.callbacks.history import show
 from minitrain.passes import loader_length
@@ -253,6 +252,8 @@ class _Bars(_Lines):
         losses = {
             name: column for name, column in learn.history.to_dict().items() if name in ("train_loss", "valid_loss")
         }
+        from minitrain import plot
+
         file = io.BytesIO()
         try:
             plot.curves(losses, save=file)

@@ -13,7 +13,6 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from minitrain import plot
 from minitrain.callback import Callback
 from minitrain.hooks import Hooks, first_tensor
 from minitrain.moments import mean_std
@@ -141,6 +140,8 @@ class ActivationStats(Callback):
         Returns:
             The matplotlib figure.
         """
+        from minitrain import plot
+
         return plot.stats(self.names, self.steps, self.mean, self.std, **kwargs)
 
     def state_dict(self) -> dict[str, Any]:

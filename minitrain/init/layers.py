@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +26,7 @@ WEIGHT_LAYERS = (
 _NO_LAYERS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm, nn.PReLU)  # a `weight`, but no matrix product
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """A weight layer of a model.
 
     Attributes:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,7 @@ UNIT = frozenset({"normalized", "no_bias", "scaled", "reused"})
 """The statuses that claim a standard deviation of 1."""
 
 
-@dataclass(frozen=True)
-class _Visit:
+class _Visit(NamedTuple):
     """The first call of a layer: all that there is to decide on."""
 
     layer: Layer
@@ -34,8 +33,7 @@ class _Visit:
     stats: Moments
 
 
-@dataclass(frozen=True)
-class _Verdict:
+class _Verdict(NamedTuple):
     """What was done at a layer; `output` is what replaces its output."""
 
     status: str
