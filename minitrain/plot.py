@@ -30,7 +30,7 @@ def curves(columns: Mapping[str, Sequence[Any]], *, ax: Any = None, save: Save =
 
     Args:
         columns: `{name: values}`, a value an epoch, None where there is none: what `History.to_dict` gives. Drawn are
-            `train_loss`, `valid_loss`, and as metrics the other `valid_*`.
+            `train_loss`, `valid_loss`, and as metrics the other `train_*` and `valid_*`.
         ax: The axes to draw on: one for the losses, or a pair for losses and metrics. None: a new figure.
         save: Where to save the picture: a path, or a binary file. None: nowhere.
 
@@ -46,16 +46,22 @@ def curves(columns: Mapping[str, Sequence[Any]], *, ax: Any = None, save: Save =
         >>> [axes.get_title() for axes in figure.axes]
         ['loss', 'metrics']
     """
-    metrics = [name for name in columns if name.startswith("valid_") and name != "valid_loss" and _any(columns[name])]
-    axes = _axes(ax, 2 if metrics else 1, (5.2, 3.8), at_least=1)
     losses = {"train_loss": ("training", _PALETTE[0]), "valid_loss": ("validation", _PALETTE[1])}
+    kinds = ("train_", "valid_")
+    metrics = [name for name in columns if name.startswith(kinds) and name not in losses and _any(columns[name])]
+    axes = _axes(ax, 2 if metrics else 1, (5.2, 3.8), at_least=1)
     for name, (label, colour) in losses.items():
         if name in columns and _any(columns[name]):
             _by_epoch(axes[0], columns[name], label=label, color=colour)
     _finish(axes[0], "loss", "epoch")
     if metrics and len(axes) > 1:
         for i, name in enumerate(metrics):
-            _by_epoch(axes[1], columns[name], label=name.removeprefix("valid_"), color=_PALETTE[i % len(_PALETTE)])
+            _by_epoch(
+                axes[1],
+                columns[name],
+                label=name.removeprefix("valid_").replace("train_", "training "),
+                color=_PALETTE[i % len(_PALETTE)],
+            )
         _finish(axes[1], "metrics", "epoch")
     return _done(axes, save)
 

@@ -56,8 +56,8 @@ def test_a_smoke_run_on_the_digits_prints_and_writes_everything(run, init, tmp_p
     assert bool(re.search("σ before +µ after +σ after +status", out)) == (init != "none")
     assert "epoch 1/1" in out
     assert "test accuracy" in out
-    (row,) = csv.DictReader((tmp_path / "runs/mnist/history.csv").open())
-    assert float(row["valid_accuracy"]) <= 1
+    (row,) = csv.DictReader((tmp_path / "runs/mnist/history.csv").read_text().splitlines())
+    assert float(row["train_accuracy"]) <= 1
     for picture in ("curves.png", "activations.png"):
         assert (tmp_path / "runs/mnist" / picture).read_bytes().startswith(b"\x89PNG")
 
@@ -83,14 +83,14 @@ def test_the_digits_are_learnt(run):
 
 WRONG = {
     "no folder": (["--data", "nowhere"], "--data: there is no folder 'nowhere'. Make it first."),
-    "mnist is a must": (["--dataset", "mnist"], "MNIST is neither in data/MNIST/raw nor to be downloaded"),
+    "mnist is a must": (["--dataset", "mnist"], "MNIST in data/MNIST/raw can be neither read nor downloaded"),
     "unknown option": (["--epoch-count", "3"], "unrecognized arguments: --epoch-count"),
     "unknown init": (["--init", "best"], "argument --init: invalid choice: 'best'"),
-    "no epochs": (["--epochs", "0"], "argument --epochs: invalid positive int value: '0'"),
-    "text for a number": (["--batch-size", "many"], "argument --batch-size: invalid positive int value: 'many'"),
-    "negative rate": (["--lr", "-1"], "argument --lr: invalid positive float value: '-1'"),
-    "rate not a number": (["--lr", "nan"], "argument --lr: invalid positive float value: 'nan'"),
-    "negative seed": (["--seed", "-1"], "argument --seed"),
+    "no epochs": (["--epochs", "0"], "argument --epochs: 0 is out of range"),
+    "text for a number": (["--batch-size", "many"], "argument --batch-size: invalid int value: 'many'"),
+    "negative rate": (["--lr", "-1"], "argument --lr: -1.0 is out of range"),
+    "rate not a number": (["--lr", "nan"], "argument --lr: nan is out of range"),
+    "negative seed": (["--seed", "-1"], "argument --seed: -1 is out of range"),
     "unknown device": (["--device", "gpu"], "argument --device"),
 }
 
@@ -102,14 +102,6 @@ def test_what_is_wrong_is_said_with_status_2(run, name):
     assert status == 2
     assert message in err
     assert "Traceback" not in err
-
-
-def test_a_file_where_the_results_should_go_is_said_before_the_training(run, tmp_path):
-    (tmp_path / "runs").write_text("")
-    status, out, err = run("--smoke", "--dataset", "digits")
-    assert status == 2
-    assert "cannot write to runs/mnist" in err
-    assert "epoch" not in out
 
 
 def damage(raw, how):
@@ -139,7 +131,7 @@ def test_a_damaged_or_unreadable_file_is_said_with_status_2(run, tmp_path, how):
     damage(tmp_path / "data/MNIST/raw", how)
     status, _, err = run("--data", "data")
     assert status == 2
-    assert "MNIST in data/MNIST/raw cannot be read" in err
+    assert "MNIST in data/MNIST/raw can be neither read nor downloaded" in err
     assert "Traceback" not in err
 
 
@@ -148,7 +140,7 @@ def test_the_real_mnist_is_unpacked_and_used(run, tmp_path):
     shutil.copytree(ARCHIVES, tmp_path / "data/MNIST", copy_function=shutil.copyfile)
     status, out, _ = run("--smoke", "--data", "data", "--dataset", "mnist")
     assert status == 0
-    assert "mnist: 512 images to train on (100 of them to validate), 128 to test" in out
+    assert "mnist: 512 images to train on, 128 to test" in out
 
 
 def test_after_lsuv_every_layer_of_this_net_is_normalised_to_a_millionth():

@@ -259,7 +259,7 @@ class _Bars(_Lines):
             plot.curves(losses, save=file)
         except ImportError:  # no matplotlib, no picture
             return
-        from IPython.display import Image, display  # type: ignore[import-not-found,unused-ignore]
+        from IPython.display import Image, display
 
         image = Image(data=file.getvalue(), format="png")
         if self._picture is None:
