@@ -56,7 +56,10 @@ def to_device(batch: Any, device: torch.device | str) -> Any:
         True
     """
     if isinstance(batch, Tensor):
-        return batch if batch.device == device else batch.to(device, non_blocking=True)
+        if batch.device == device:
+            return batch
+        # Not towards the CPU: who reads there would not wait for the copy to arrive.
+        return batch.to(device, non_blocking=torch.device(device).type != "cpu")
     to = getattr(batch, "to", None)
     if callable(to) and not inspect.isclass(
         batch

@@ -169,8 +169,9 @@ def check_loss(loss: Any) -> None:
         raise TypeError(f"the loss has dtype={loss.dtype}, wanted a floating-point scalar that can be differentiated.")
 
 
-def check_differentiable(loss: torch.Tensor) -> None:
+def check_differentiable(loss: Any) -> None:
     """A loss that leads back to a parameter."""
+    check_loss(loss)
     if not loss.requires_grad:
         raise ValueError(
             "the loss has no gradient: it depends on no parameter with requires_grad=True. Is it detached, computed under "

@@ -44,7 +44,10 @@ class Cancel(MinitrainError):
 
 
 class CancelBatch(Cancel):
-    """End this batch; it is not counted and its gradient is dropped. The loop goes on with the next one."""
+    """End this batch; it is not counted. The loop goes on with the next one.
+
+    If it has been differentiated by then, all gradients are dropped, those that `CancelStep` has kept before it included.
+    """
 
     stage = "batch"
 

@@ -36,7 +36,8 @@ class Learner:
     Args:
         model: The network. It stays on its device unless `device` is given.
         dls: The loaders. A batch is `(x, y)`, `(x1, x2, ..., y)`, or a bare tensor (its own input, without a target).
-        loss_func: `loss_func(preds, yb)` returns a scalar tensor; without a target it is `loss_func(preds)`.
+        loss_func: `loss_func(preds, yb)` returns a scalar tensor; without a target it is `loss_func(preds)`. If it has
+            parameters of its own to be trained, give them to a ready optimiser or by a `splitter`.
         opt_func: Called as `opt_func(params, lr=lr)`, or `opt_func(params)` where `lr` is None. A ready optimiser is taken
             as it is. None: AdamW, fused where the parameters allow it.
         lr: The learning rate. None: the optimiser's default.
@@ -135,7 +136,9 @@ class Learner:
         self.opts, self.scaler = {}, None
         self.history, self.init_reports, self.initialized = History(), [], False
         self.n_epochs = self.epoch = self.step_idx = self.batch_idx = self._fits = self._epochs_begun = 0
-        self.resumed = self._touched = False
+        self.resumed = self._touched = self._initializing = False
+        self._scaled_by: torch.amp.GradScaler | None = None
+        self._before: runs.Before | None = None
         self.stop_reason = None
         self.running_loss = Mean()
         vars(self).update(runs.AT_REST)
@@ -159,7 +162,7 @@ class Learner:
         """
         self._check_fit(n_epochs, lr, resume)
         self._touched = False
-        with runs.running(self, "fit", cbs), runs.seeded(self, unless=lambda: self._touched):
+        with runs.running(self, "fit", cbs), runs.seeded(self):
             runs.prepare(self)
             with runs.new_fit(self, n_epochs), learning_rate(self.opt, lr), self._during("during_fit"):
                 self._run("fit", self._epochs)
@@ -180,7 +183,7 @@ class Learner:
             row, whole = row | measured, whole and validated
         row |= {"lr": rate_of(self.opt.param_groups[0]), "seconds": time.perf_counter() - start}
         self.history.append(row if whole else row | {"partial": True})
-        self._touched = True
+        self._touch()
 
     def _train_epoch(self) -> bool:
         """Train on every batch; False if it ended before the last one."""
@@ -210,7 +213,8 @@ class Learner:
 
     def _train_batch(self) -> None:
         overridden = getattr(self.train_batch, "__func__", None) is not Learner.train_batch
-        self._touched = self._touched or overridden  # it may have trained, and left gradients, wherever it ends
+        if overridden:
+            self._touch()  # it may have trained, and left gradients, wherever it ends
         try:
             self.train_batch()
         except Cancel:
@@ -227,7 +231,7 @@ class Learner:
         self._forward_and_loss()
         self._fire("before_backward")
         checks.check_differentiable(self.backward_loss)
-        self._touched = True
+        self._touch()
         try:
             self.backward(self.backward_loss)
             stepped = self._run("step", self._step)
@@ -267,7 +271,10 @@ class Learner:
         self.running_loss.add(loss, n)
         if outputs is not None:
             for metric in self.metrics.values():
-                metric.update(*outputs, n) if isinstance(metric, Mean) else metric.update(*outputs)
+                if isinstance(metric, Mean) and type(metric).update is Mean.update:
+                    metric.update(*outputs, n)
+                else:
+                    metric.update(*outputs)
 
     def _validate(self, dl: Iterable[Any]) -> tuple[dict[str, float], bool]:
         """What `validate` returns, and whether it is over the whole loader."""
@@ -321,6 +328,7 @@ class Learner:
 
     def backward(self, loss: Tensor) -> None:
         """Differentiate the loss, scaled where there is a `scaler`."""
+        self._scaled_by = self.scaler
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
 
     def step(self) -> None:
@@ -439,6 +447,8 @@ class Learner:
     def opt(self) -> Optimizer:
         """The optimiser: built once, on first use and after the init stages."""
         if self._opt is None:
+            if self._initializing:
+                raise LoopError("opt inside an init stage, but the optimiser is built after the stages.")
             if self._stages is not None and self.phase != "fit":
                 raise LoopError(f"opt during a {self.phase}, but the optimiser is only built for the first fit.")
             with runs.seeded(self):
@@ -519,9 +529,13 @@ class Learner:
             self._evaluate(dl, body)
         return rows
 
+    def _touch(self) -> None:
+        """From here on it is too late to put everything back."""
+        self._touched, self._before = True, None
+
     def _drop_gradients(self) -> None:
         self._zero_grad()
-        if self.scaler is not None and self.scaler.is_enabled():
+        if self.scaler is not None and self.scaler is self._scaled_by:
             self.scaler.update(self.scaler.get_scale())  # it may have noted that these gradients are unscaled
 
     def _zero_grad(self) -> None:
@@ -530,7 +544,7 @@ class Learner:
             p.grad = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | runs.AT_REST  # a copy that is made in the midst of a run runs nothing
+        return vars(self) | runs.AT_REST | {"_before": None}  # a copy that is made in the midst of a run runs nothing
 
     def _release(self) -> None:
         self.batch = self.xb = self.yb = self.preds = self.loss = self._backward_loss = self._pending = None

@@ -254,7 +254,7 @@ def _as_metric(where: str, name: Any, metric: Any) -> Metric:
     if inspect.isclass(metric):
         raise TypeError(f"{where}={metric.__name__} is a class, wanted an instance or a function: did you forget ()?")
     missing = [method for method in ("update", "compute", "reset") if not callable(getattr(metric, method, None))]
-    if isinstance(metric, Mean) and metric.func is None:
+    if isinstance(metric, Mean) and metric.func is None and type(metric).update is Mean.update:
         raise TypeError(f"{where}=Mean() has no function to measure with: Mean(func, name='...').")
     if not missing:
         return metric  # type: ignore[no-any-return]

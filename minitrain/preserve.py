@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -126,25 +126,33 @@ def _storage(tensor: torch.Tensor) -> int:
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Dense, and every element in a place of its own: it can be copied into."""
-    return tensor.layout == torch.strided and not (0 in tensor.stride() and tensor.numel() > 1)
+    if tensor.layout != torch.strided:
+        return False
+    expanded = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return not expanded
 
 
 @contextmanager
-def preserve_attributes(model: nn.Module) -> Iterator[None]:
-    """Put the plain attributes of every module back on exit: counters, caches, hidden states that a forward pass keeps.
+def preserve_attributes(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put the plain attributes of modules back on exit: counters, caches, hidden states that a forward pass keeps.
 
-    Tables of parameters, buffers, modules and hooks are not among them; and a model with lazy modules is let alone, since
-    its first forward pass shapes them.
+    A module that has got another parameter, buffer or module meanwhile is let alone: it builds itself on its first call, and
+    its attributes say that it has.
     """
-    lazy = any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers()))
-    saved = [] if lazy else [(vars(module), dict(vars(module))) for module in model.modules()]
+    saved = [(module, dict(vars(module)), _contents(module)) for module in modules]
     try:
         yield
     finally:
-        for now, before in saved:
-            for name in [name for name in now if name not in before]:
-                del now[name]
-            now.update(before)
+        for module, before, contents in saved:
+            now = vars(module)
+            if _contents(module) == contents:
+                for name in [name for name in now if name not in before]:
+                    del now[name]
+                now.update(before)
+
+
+def _contents(module: nn.Module) -> list[list[int]]:
+    return [[id(thing) for thing in table.values()] for table in (module._parameters, module._buffers, module._modules)]
 
 
 @contextmanager
@@ -178,21 +186,6 @@ def preserve_training(model: nn.Module, generators: Iterable[Any] = ()) -> Itera
     """All of the above at once: whatever runs inside, training does not notice it."""
     with preserve_rng(generators), preserve_modes(model), preserve_buffers(model), preserve_grads(model):
         yield
-
-
-@contextmanager
-def unchanged_on_error(
-    model: nn.Module, generators: Iterable[Any] = (), *, unless: Callable[[], bool] = lambda: False
-) -> Iterator[None]:
-    """If an error leaves, put random states and buffers back, except where `unless()` says that it is too late for that."""
-    rng, buffers = RandomState(generators), Buffers(model)
-    try:
-        yield
-    except BaseException:
-        if not unless():
-            buffers.restore()
-            rng.restore()
-        raise
 
 
 @contextmanager

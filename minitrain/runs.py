@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +15,17 @@ from minitrain.batch import to_device
 from minitrain.callback import Callback
 from minitrain.callbacks import Progress
 from minitrain.checks import check_callbacks
-from minitrain.errors import LoopError
+from minitrain.errors import InitError, LoopError
 from minitrain.optim import build_optimizer, check_parameters
+from minitrain.passes import set_epoch
 from minitrain.peek import peek
 from minitrain.preserve import (
+    Buffers,
     RandomState,
     loader_generators,
     parameters_unchanged_on_error,
     preserve_iterator,
     preserve_modes,
-    unchanged_on_error,
 )
 from minitrain.stages import Stages
 
@@ -88,23 +89,42 @@ def aside(learn: Learner, phase: str, dl: Any = None) -> Iterator[None]:
             setattr(learn, name, value)
 
 
+class Before:
+    """What a fit puts back if it fails before it has trained on anything: random states, buffers, gradients, counters."""
+
+    def __init__(self, learn: Learner) -> None:
+        self._learn = learn
+        self._counters = learn._fits, learn._epochs_begun
+        self._rng, self._buffers = RandomState(loader_generators(learn.dls.train)), Buffers(learn.model)
+        self._grads = [(p, p.grad) for p in learn.model.parameters()]
+
+    def restore(self) -> None:
+        """Put it all back."""
+        self._learn._fits, self._learn._epochs_begun = self._counters
+        self._buffers.restore()
+        for p, grad in self._grads:
+            p.grad = grad
+        self._rng.restore()
+
+
 @contextmanager
 def new_fit(learn: Learner, n_epochs: int) -> Iterator[None]:
     """Counters and gradients of a fit. One that fails before it has trained on anything leaves no trace."""
-    counters = learn._fits, learn._epochs_begun
-    learn.n_epochs, learn.epoch, learn.step_idx, learn.batch_idx, learn.stop_reason = n_epochs, 0, 0, 0, None
-    learn._fits += 1
-    held = {id(p) for group in learn.opt.param_groups for p in group["params"]}
-    learn._strays = [p for p in learn.model.parameters() if id(p) not in held]
     check_parameters(learn.opt, _trainable(learn))  # the model may have been replaced since it was built
-    learn._zero_grad()
+    learn._before = Before(learn)
     try:
-        with unchanged_on_error(learn.model, loader_generators(learn.dls.train), unless=lambda: learn._touched):
-            yield
+        learn.n_epochs, learn.epoch, learn.step_idx, learn.batch_idx, learn.stop_reason = n_epochs, 0, 0, 0, None
+        learn._fits += 1
+        held = {id(p) for group in learn.opt.param_groups for p in group["params"]}
+        learn._strays = [p for module in _trainable(learn) for p in module.parameters() if id(p) not in held]
+        learn._zero_grad()
+        yield
     except BaseException:
-        if not learn._touched:
-            learn._fits, learn._epochs_begun = counters
+        if learn._before is not None:
+            learn._before.restore()
         raise
+    finally:
+        learn._before = None
 
 
 def prepare(learn: Learner) -> None:
@@ -124,14 +144,27 @@ def _trainable(learn: Learner) -> list[nn.Module]:
 
 def run_init(learn: Learner) -> None:
     """Run all init stages; if one fails, what those before it did is undone too."""
-    with parameters_unchanged_on_error(learn.model), unchanged_on_error(learn.model):
-        learn.init_reports = [stage(learn.model, _Inputs(learn)) for stage in learn._init]
+    rng, buffers = RandomState(), Buffers(learn.model)
+    learn._initializing = True
+    try:
+        with parameters_unchanged_on_error(learn.model):
+            learn.init_reports = [stage(learn.model, _Inputs(learn)) for stage in learn._init]
+    except BaseException:
+        buffers.restore()
+        rng.restore()
+        raise
+    finally:
+        learn._initializing = False
     learn.initialized = True
 
 
 @contextmanager
-def seeded(learn: Learner, *, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Seed once. If what follows fails, random states are as before, and the next try begins as this one would go on."""
+def seeded(learn: Learner) -> Iterator[None]:
+    """Seed once.
+
+    If what follows fails before it has trained on anything, random states are as before, and the next try begins as this one
+    would have gone on.
+    """
     if learn._seed is None or learn._seeded:
         yield
         return
@@ -144,7 +177,7 @@ def seeded(learn: Learner, *, unless: Callable[[], bool] = lambda: False) -> Ite
     try:
         yield
     except BaseException:
-        if not unless():
+        if not learn._touched:
             learn._seeded, learn._retry = False, RandomState()
             before.restore()
         raise
@@ -167,7 +200,14 @@ def _materialize(learn: Learner) -> None:
     if any(is_lazy(p) for p in learn.model.parameters()):
         with preserve_modes(learn.model), torch.no_grad():
             learn.model.eval()
-            learn.forward(next(iter(_Inputs(learn))))
+            try:
+                xb = next(iter(_Inputs(learn)))
+            except InitError as error:
+                raise InitError(
+                    f"the model has lazy modules, and no batch of {type(learn.dls.train).__name__} can be drawn to shape them "
+                    "without moving its stream. Call the model once before: model(x)."
+                ) from error
+            learn.forward(xb)
 
 
 class _Inputs:
@@ -177,5 +217,6 @@ class _Inputs:
         self._learn = learn
 
     def __iter__(self) -> Iterator[Any]:
+        set_epoch(self._learn.dls.train, self._learn._epochs_begun)  # another Learner may have used the loader
         for batch in peek(self._learn.dls.train):
             yield self._learn.split_batch(to_device(batch, self._learn.device))[0]

@@ -20,6 +20,7 @@ _EVENTS_OF = {
     stage: ("after_backward" if stage == "step" else f"before_{stage}", f"after_{stage}", f"after_cancel_{stage}")
     for stage in STAGES
 }
+_EPOCH_ENDS = _EVENTS_OF["epoch"][1:]  # the epoch is no longer open there, and yet they are of it
 _ENDINGS = frozenset(event for events in _EVENTS_OF.values() for event in events[1:])
 _BATCH_EVENTS = frozenset((*EVENTS[3:11], "after_cancel_batch", "after_cancel_step", "during_forward"))
 
@@ -149,7 +150,7 @@ class Stages:
         if isinstance(error, Cancel):
             self._check(error, f"{name}.{event}")
         else:
-            error.add_note(", ".join([f"{name}.{event}", *self._place(event in _BATCH_EVENTS)]))
+            error.add_note(", ".join([f"{name}.{event}", *self._place(event in _BATCH_EVENTS, event in _EPOCH_ENDS)]))
             self._blamed = error
 
     def explain(self, error: Exception) -> None:
@@ -163,10 +164,10 @@ class Stages:
             )
             self._blamed = error
 
-    def _place(self, with_batch: bool = True) -> list[str]:
+    def _place(self, with_batch: bool = True, with_epoch: bool = False) -> list[str]:
         """Where the loop stands, in words: `["epoch 3", "batch 17"]`."""
         learn = self._learn
-        place = [f"epoch {learn.epoch}"] if learn.phase == "fit" and "epoch" in self.open else []
+        place = [f"epoch {learn.epoch}"] if learn.phase == "fit" and (with_epoch or "epoch" in self.open) else []
         if with_batch:
             kind = "" if learn.training else " (prediction)" if learn.phase == "predict" else " (validation)"
             place.append(f"batch {learn.batch_idx}{kind}")

@@ -246,7 +246,7 @@ def test_an_error_of_a_loader_says_at_which_batch():
 
 def test_fit_refuses_lazy_modules_that_no_batch_can_shape():
     learn = make(model=nn.Sequential(nn.LazyLinear(2)), dls=loaders(generator()))
-    with pytest.raises(RuntimeError, match="cannot draw"):
+    with pytest.raises(RuntimeError, match=r"Call the model once before: model\(x\)"):
         learn.fit(1)
 
 

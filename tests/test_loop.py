@@ -29,8 +29,9 @@ from minitrain import (
     LoopError,
     errors,
 )
+from minitrain.batch import to_device
 from minitrain.callbacks import OneCycle
-from minitrain.metrics import accuracy
+from minitrain.metrics import Mean, accuracy
 
 X, Y = torch.randn(16, 3, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 2
 
@@ -506,3 +507,122 @@ def test_autocast_around_each_forward_trains():
     learn.fit(3, lr=0.1)
     assert set(kinds) == {torch.bfloat16}
     assert learn.history[2]["train_loss"] < learn.history[0]["train_loss"]
+
+
+# -- found by a second look -------------------------------------------------------------------------------------------
+
+
+def test_what_comes_to_the_cpu_is_waited_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, **options: asked.append((device, options)) or self)
+    there = torch.zeros(2, device="meta")
+    to_device([there], torch.device("cpu")), to_device([torch.zeros(2)], "meta")
+    assert [options["non_blocking"] for _, options in asked] == [False, True]
+
+
+def test_learners_that_share_a_loader_are_initialised_alike():
+    dls = DataLoaders(BatchLoader(X, Y, batch_size=4, shuffle=True))
+
+    def train():
+        torch.manual_seed(0)
+        learn = make(nn.Linear(3, 2), dls, init=LSUV(), seed=1)
+        learn.fit(2)
+        return learn.model.weight
+
+    assert torch.equal(train(), train())
+
+
+def test_a_fit_that_is_refused_is_not_counted_and_keeps_the_gradients():
+    learn = make(opt_func=torch.optim.SGD, lr=0.1)
+    learn.fit(1)
+    model, grad = learn.model, torch.ones(2, 3)
+    model.weight.grad = grad
+    learn.model = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="not the model's"):
+        learn.fit(1)
+    learn.model = model
+    with pytest.raises(ValueError, match="boom"):
+        learn.fit(1, cbs=[failing_once()])
+    assert model.weight.grad is grad
+    learn.fit(1)
+    assert [row["fit"] for row in learn.history] == [0, 1]
+
+
+def test_a_cancel_before_anything_was_scaled_is_a_cancel():
+    class Early(Learner):
+        def train_batch(self):
+            raise CancelBatch
+
+    learn = make(cls=Early, dls=DataLoaders(BatchLoader(X, Y, batch_size=4)))
+    learn.scaler = torch.amp.GradScaler("cpu")
+    learn.fit(1)
+    assert learn.history[0]["train_loss"] is None
+
+
+@pytest.mark.parametrize("event", ["after_epoch", "after_cancel_epoch"])
+def test_the_note_of_an_error_at_the_end_of_an_epoch_names_the_epoch(event):
+    cancel = on("before_train", lambda learn: (_ for _ in ()).throw(CancelEpoch), state_key="cancel")
+    fail = on(event, lambda learn: (_ for _ in ()).throw(ValueError("boom")))
+    with pytest.raises(ValueError, match="boom") as caught:
+        make(cbs=[fail, *([cancel] if event == "after_cancel_epoch" else [])]).fit(1)
+    assert caught.value.__notes__ == [f"On.{event}, epoch 0"]
+
+
+def test_the_snapshot_of_the_buffers_is_let_go_once_there_is_training():
+    learn = make(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)))
+    kept = []
+    learn.fit(1, cbs=[on("before_batch", lambda learn: kept.append(learn._before is not None))])
+    assert kept == [True] + [False] * 7
+
+
+def test_gradients_of_a_loss_with_parameters_are_none_when_a_batch_begins():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, preds, yb):
+            return F.cross_entropy(preds * self.scale, yb)
+
+    loss, grads = Scaled(), []
+    make(loss_func=loss, cbs=[on("before_batch", lambda learn: grads.append(loss.scale.grad))]).fit(1)
+    assert grads == [None] * 8
+
+
+def test_a_stage_that_reads_the_optimiser_is_told_that_it_comes_later():
+    learn = make(init=lambda model, batches: learn.opt)
+    with pytest.raises(LoopError, match="the optimiser is built after the stages"):
+        learn.fit(1)
+
+
+def test_a_mean_with_an_update_of_its_own_is_a_metric_like_any_other():
+    class Hits(Mean):
+        def update(self, preds, targets):
+            self.add((preds.argmax(1) == targets).float().mean(), len(targets))
+
+    assert make(metrics={"hits": Hits(), "accuracy": accuracy}).validate()["valid_hits"] <= 1
+
+
+def test_a_backward_loss_that_is_no_tensor_is_explained():
+    class Half(Callback):
+        def after_loss(self, learn):
+            learn.backward_loss = 0.5
+
+    with pytest.raises(TypeError, match=r"the loss is 0.5 \(type=float\), wanted a scalar tensor"):
+        make(cbs=[Half()]).fit(1)
+
+
+def test_an_expanded_buffer_that_can_be_written_to_is_put_back():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+            self.register_buffer("calls", torch.zeros(5).expand(3, 5)[:1])
+
+        def forward(self, x):
+            self.calls += 1
+            return self.linear(x)
+
+    learn = make(Counts())
+    learn.validate()
+    assert learn.model.calls.eq(0).all()

@@ -327,3 +327,63 @@ def test_layer_stats_leaves_lazy_modules_lazy():
     assert [row.status for row in layer_stats(model, torch.randn(8, 3))] == ["measured"] * 2
     assert [type(layer) for layer in model] == [nn.LazyLinear, nn.ReLU, nn.LazyLinear]
     assert lsuv_(model, torch.randn(8, 3)).ok
+
+
+def test_a_model_that_builds_itself_on_its_first_call_stays_built():
+    class Builds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.built = nn.Linear(4, 4), False
+
+        def forward(self, x):
+            if not self.built:
+                self.head, self.built = nn.Linear(4, 2), True
+            return self.head(self.first(x))
+
+    model, x = Builds(), torch.randn(8, 4)
+    lsuv_(model, x)
+    head = model.head
+    model(x)
+    assert model.built
+    assert model.head is head
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_weight_that_a_hook_computes_is_fresh_afterwards():
+    model, x = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4))), torch.randn(8, 4)
+    lsuv_(model, x)
+    fresh = model[0].weight.clone()
+    model(x)
+    torch.testing.assert_close(model[0].weight, fresh)
+
+
+def test_a_lazy_module_called_by_keyword_is_lazy_again_and_usable_after_an_error():
+    class Keyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lazy, self.breaks = nn.LazyLinear(4), True
+
+        def forward(self, x):
+            y = self.lazy(input=x)
+            return y @ y if self.breaks else y
+
+    model, x = Keyword(), torch.randn(8, 3)
+    with pytest.raises(RuntimeError):
+        lsuv_(model, x)
+    assert type(model.lazy) is nn.LazyLinear
+    model.breaks = False
+    assert model(x).shape == (8, 4)
+
+
+def test_named_tuples_and_packed_sequences_are_single_inputs_as_in_the_learner():
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, packed):
+            return self.layer(packed.data)
+
+    packed = nn.utils.rnn.pack_sequence([torch.randn(4, 3), torch.randn(2, 3)])
+    for data in (packed, [(packed, torch.zeros(2))]):
+        assert lsuv_(Packed(), data)["layer"].status == "normalized"

@@ -19,7 +19,7 @@ class History(list[dict[str, Any]]):
 
     A row is a dict: `fit` and `epoch` count from 0, `train_loss` and `valid_loss` are means over samples, then come the
     metrics as `valid_<name>`, the learning rate of the first parameter group at the end of the epoch, and its duration in
-    seconds. A row of an epoch that was cut short has `partial=True`. A value that was not measured is missing.
+    seconds. A row of an epoch that was cut short has `partial=True`. A value that was not measured is None, or missing.
 
     Example:
         >>> history = History()

@@ -18,7 +18,14 @@ from minitrain.errors import InitError
 from minitrain.init.inputs import ModelInputs
 from minitrain.init.layers import Layer
 from minitrain.moments import Moments, moments
-from minitrain.preserve import Buffers, preserve_attributes, preserve_grads, preserve_modes, preserve_rng
+from minitrain.preserve import (
+    Buffers,
+    RandomState,
+    preserve_attributes,
+    preserve_grads,
+    preserve_modes,
+    preserve_rng,
+)
 
 
 class Call:
@@ -27,19 +34,19 @@ class Call:
     Args:
         args: Its positional arguments.
         kwargs: Its keyword arguments.
-        keep: Copy them, and the state of the random generator: the layer may write to the one and draw from the other.
+        keep: Copy them, and the state of the random generators: the layer may write to the one and draw from the other.
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], keep: bool) -> None:
         self.args, self.kwargs = args, kwargs
-        self._kept = (*_copied(args, kwargs), torch.get_rng_state()) if keep else None
+        self._kept = (*_copied(args, kwargs), RandomState()) if keep else None
 
     def repeat(self, module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
         """Call `module` in the same way; with `dtype`, floating-point arguments are converted."""
         args, kwargs = self.args, self.kwargs
         if self._kept is not None:
             args, kwargs = _copied(*self._kept[:2])
-            torch.set_rng_state(self._kept[2])
+            self._kept[2].restore()
         if dtype is not None:
             args, kwargs = tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (args, kwargs))
         output: Tensor = module(*args, **kwargs)
@@ -88,6 +95,8 @@ class Forward:
     def __init__(self, model: nn.Module, inputs: ModelInputs) -> None:
         self._model, self._inputs = model, inputs
         self.count = 0
+        # A module with hooks in front may have attributes that they make: a weight that is computed, say.
+        self._plain = [module for module in model.modules() if not module._forward_pre_hooks]
 
     def __call__(self) -> None:
         """Run the model once.
@@ -98,7 +107,8 @@ class Forward:
         inputs, buffers = self._inputs.fresh(), Buffers(self._model)
         self.count += 1
         try:
-            with preserve_rng(), preserve_attributes(self._model):
+            lazy = any(is_lazy(tensor) for tensor in (*self._model.parameters(), *self._model.buffers()))
+            with preserve_rng(), preserve_attributes([] if lazy else self._plain):  # a first pass shapes lazy modules
                 self._model(*inputs.args, **inputs.kwargs)
         except Exception as error:
             error.add_note(f"in a forward pass of the initialisation, over a batch of shape {self._inputs}")

@@ -60,7 +60,7 @@ class ModelInputs(NamedTuple):
 
 def from_inputs(inputs: Any) -> ModelInputs:
     """The Learner's rule: a tuple holds the positional arguments, anything else is the only one."""
-    return ModelInputs(inputs if isinstance(inputs, tuple) else (inputs,))
+    return ModelInputs(inputs if type(inputs) is tuple else (inputs,))
 
 
 def from_data(data: Any, inputs: Callable[[Any], Any] | None) -> ModelInputs:

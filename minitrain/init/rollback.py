@@ -72,7 +72,7 @@ def rolled_back(model: nn.Module) -> Iterator[None]:
 
 
 def _is_table(name: str, value: object) -> bool:
-    return isinstance(value, dict) and (name in ("_parameters", "_buffers", "_modules") or name.endswith("_hooks"))
+    return isinstance(value, dict) and (name in ("_parameters", "_buffers", "_modules") or "_hooks" in name)
 
 
 def _put_back(tensor: Tensor, alias: Tensor, value: Tensor) -> None:
@@ -83,7 +83,7 @@ def _put_back(tensor: Tensor, alias: Tensor, value: Tensor) -> None:
     if tensor.data_ptr() != alias.data_ptr() or tensor.shape != alias.shape:
         tensor.data = alias
     if not same_bits(tensor, value):
-        if 0 in tensor.stride() and tensor.numel() > 1:  # expanded: each place in memory is written once
+        if 0 in tensor.stride():  # expanded: each place in memory is written once
             first = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())
             tensor, value = tensor[first], value[first]
         tensor.copy_(value)
