@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import re
 from contextlib import AbstractContextManager, nullcontext
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -46,15 +47,22 @@ _UNUSUAL = (
     | inspect.CO_COROUTINE
     | inspect.CO_ASYNC_GENERATOR
 )
-_PREFIXES = ("before_", "after_", "during_")
+# Whatever begins like an event, however spelt, and what other libraries call theirs.
+_LIKE_AN_EVENT = re.compile(
+    r"(before|befor|bfore|after|aftr|afer|during|durin)_?"
+    r"(fit|epoch|train|batch|pred|loss|backward|step|valid|cancel|forward|_)"
+    r"|(before|after|during)_"
+    r"|on_\w+_(start|end|begin)$|begin_(fit|epoch|train|batch|validate)$",
+    re.IGNORECASE,
+)
 
 
 class Callback:
     """Look at a run, or intervene in it: subclass, and override the events that you need.
 
     Each event is called with the `Learner`, which carries the whole state of the loop; a callback keeps only what is its
-    own. A method whose name begins like an event but is none, or whose signature is not `(self, learn)`, is a `TypeError`
-    when the class is made: a misspelt event never does nothing in silence.
+    own. A method whose name begins like an event but is none (one of Lightning's or of an older fastai neither), or whose
+    signature is not `(self, learn)`, is a `TypeError` when the class is made: a misspelt event never does nothing in silence.
 
     The events of one epoch, in order::
 
@@ -198,7 +206,7 @@ class Callback:
         behind = cls.__mro__[cls.__mro__.index(Callback) + 1 :]
         for base in cls.__mro__:
             for name, value in vars(base).items() if base is not Callback else ():
-                if name.startswith(_PREFIXES):
+                if _LIKE_AN_EVENT.match(name):
                     _check_event(cls, name, value)
                     if base in behind and name in EVENTS:
                         raise TypeError(

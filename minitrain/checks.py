@@ -104,9 +104,12 @@ def check_callbacks(cbs: Any, where: str = "cbs") -> list[Callback]:
             raise TypeError(f"{where}[{i}]={cb!r} (type={type(cb).__name__}) is not a minitrain.Callback.")
         key = state_key(cb)
         if key in keys:
+            both = f"{where}[{keys[key]}] and {where}[{i}]"
+            if callbacks[keys[key]] is cb:
+                raise ValueError(f"{both} are the same {type(cb).__name__}: remove one.")
             raise ValueError(
-                f"{where}[{keys[key]}] and {where}[{i}] have the same state_key={key!r}: in a checkpoint one would overwrite "
-                f"the other. Give one of them a name of its own: callback.state_key = {key + '2'!r}."
+                f"{both} have the same state_key={key!r}: their states could not be told apart. Remove one; or, if both are "
+                f"meant, give one of them a name of its own: callback.state_key = {key + '2'!r}."
             )
         keys[key] = i
     return callbacks
@@ -119,6 +122,8 @@ def state_key(cb: Callback) -> str:
 
 def check_stages(init: Any) -> list[Callable[..., Any]]:
     """None, an init stage, or a list of stages: always as a list."""
+    if isinstance(init, str):
+        raise TypeError(f"init={init!r} (type=str) is not callable, wanted a stage: init=LSUV().")
     stages = [] if init is None else list(init) if isinstance(init, Sequence) else [init]
     for stage in stages:
         check_function("init", stage, module_class_hint=True)

@@ -154,7 +154,7 @@ class Learner:
             n_epochs: How many passes over the training loader.
             lr: The learning rate of every parameter group, for this fit only. None: as the optimiser has it.
             cbs: Callbacks for this fit only.
-            resume: Where to go on from. None starts anew.
+            resume: Where to go on from; this version cannot yet. None starts anew.
 
         Raises:
             LoopError: Called inside a callback, or a callback raised a cancel that has nothing to cancel.
@@ -356,7 +356,12 @@ class Learner:
         References:
             Smith, Topin, *Super-Convergence*, 2018, https://arxiv.org/abs/1708.07120.
         """
-        self.fit(n_epochs, cbs=[*checks.check_callbacks(cbs), OneCycle(lr_max)])
+        cbs = checks.check_callbacks(cbs)
+        if any(isinstance(cb, OneCycle) for cb in (*self._cbs, *cbs)):
+            raise ValueError(
+                "fit_one_cycle, but there is a OneCycle among the callbacks already: call fit, or remove it."
+            )
+        self.fit(n_epochs, cbs=[*cbs, OneCycle(lr_max)])
 
     def validate(self, dl: Iterable[Any] | None = None) -> dict[str, float]:
         """Loss and metrics over a loader, in evaluation mode; training does not notice it.
@@ -488,8 +493,8 @@ class Learner:
 
     @property
     def init_report(self) -> InitReport | None:
-        """What the last init stage said (`init_reports` has all of them)."""
-        return self.init_reports[-1] if self.init_reports else None
+        """What the last init stage that reports has said (`init_reports` has all of them)."""
+        return next((report for report in reversed(self.init_reports) if report is not None), None)
 
     # -- the plumbing (runs.py has the rest) --------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from minitrain.callback import Callback
 from minitrain.callbacks import Progress
 from minitrain.checks import check_callbacks
 from minitrain.errors import InitError, LoopError
+from minitrain.init import InitReport, InitStage
 from minitrain.optim import build_optimizer, check_parameters
 from minitrain.passes import set_epoch
 from minitrain.peek import peek
@@ -148,7 +149,7 @@ def run_init(learn: Learner) -> None:
     learn._initializing = True
     try:
         with parameters_unchanged_on_error(learn.model):
-            learn.init_reports = [stage(learn.model, _Inputs(learn)) for stage in learn._init]
+            learn.init_reports = [_run_stage(learn, i, stage) for i, stage in enumerate(learn._init)]
     except BaseException:
         buffers.restore()
         rng.restore()
@@ -156,6 +157,14 @@ def run_init(learn: Learner) -> None:
     finally:
         learn._initializing = False
     learn.initialized = True
+
+
+def _run_stage(learn: Learner, i: int, stage: InitStage) -> InitReport | None:
+    try:
+        return stage(learn.model, _Inputs(learn))
+    except Exception as error:
+        error.add_note(f"in init[{i}]: {getattr(stage, '__name__', type(stage).__name__)}(model, batches)")
+        raise
 
 
 @contextmanager

@@ -29,6 +29,11 @@ def test_every_link_between_pages_leads_somewhere():
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_nothing_is_left_to_be_filled_in():
+    pages = [*PAGES, *(ROOT / "examples").glob("*.py"), ROOT / "CHANGELOG.md"]
+    assert not [page.name for page in pages if "PLACEHOLDER" in page.read_text()]
+
+
 def test_a_newcomers_callback_in_the_readme_is_under_ten_lines():
     first = next(code for _, code in fences(ROOT / "README.md") if "(Callback)" in code)
     body = [

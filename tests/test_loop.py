@@ -626,3 +626,66 @@ def test_an_expanded_buffer_that_can_be_written_to_is_put_back():
     learn = make(Counts())
     learn.validate()
     assert learn.model.calls.eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("cls", "cbs", "match"),
+    [
+        (ByHand, [], r"has made 0 of its 8 steps \(train_batch is overridden"),
+        (Learner, [("before_step", CancelStep)], r"has made 4 of its 8 steps \(updates or batches were cancelled"),
+    ],
+)
+def test_a_cycle_that_was_not_gone_through_warns(cls, cbs, match):
+    def skip(learn):
+        if learn.batch_idx % 2:
+            raise CancelStep
+
+    learn = make(cls=cls, dls=DataLoaders(BatchLoader(X, Y, batch_size=4)), cbs=[on(event, skip) for event, _ in cbs])
+    with pytest.warns(UserWarning, match=match):
+        learn.fit_one_cycle(2, 0.1)
+
+
+def test_two_cycles_at_once_are_refused():
+    with pytest.raises(ValueError, match="there is a OneCycle among the callbacks already"):
+        make(cbs=[OneCycle(0.1)]).fit_one_cycle(1)
+
+
+def test_one_callback_twice_is_refused_as_such():
+    callback = Callback()
+    with pytest.raises(ValueError, match=r"cbs\[0\] and cbs\[1\] are the same Callback: remove one"):
+        make(cbs=[callback, callback])
+
+
+def test_an_error_in_a_stage_says_in_which_one():
+    with pytest.raises(TypeError, match=r"(?s)positional argument.*in init\[1\]: <lambda>\(model, batches\)"):
+        make(init=[LSUV(), lambda model: None]).fit(1)
+    with pytest.raises(TypeError, match=r"init='lsuv' .*wanted a stage: init=LSUV\(\)"):
+        make(init="lsuv")
+
+
+def test_the_init_report_is_the_last_one_that_there_is():
+    learn = make(init=[LSUV(), lambda model, batches: None])
+    assert learn.initialize() is learn.init_report is learn.init_reports[0]
+
+
+FOREIGN = [
+    "befor_fit",
+    "aftr_fit",
+    "afterbatch",
+    "After_batch",
+    "on_epoch_end",
+    "on_train_batch_start",
+    "begin_fit",
+    "before__fit",
+]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_looks_like_an_event_is_not_let_pass_in_silence(name):
+    with pytest.raises(TypeError, match=f"Wrong.{name} is not an event. Did you mean"):
+        type("Wrong", (Callback,), {name: lambda self, learn: None})
+
+
+@pytest.mark.parametrize("name", ["fit_batch", "steps", "on_off", "beginning", "afterwards", "foresee", "reset"])
+def test_methods_of_ones_own_may_have_any_other_name(name):
+    type("Right", (Callback,), {name: lambda self: None})

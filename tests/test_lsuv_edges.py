@@ -387,3 +387,26 @@ def test_named_tuples_and_packed_sequences_are_single_inputs_as_in_the_learner()
     packed = nn.utils.rnn.pack_sequence([torch.randn(4, 3), torch.randn(2, 3)])
     for data in (packed, [(packed, torch.zeros(2))]):
         assert lsuv_(Packed(), data)["layer"].status == "normalized"
+
+
+def test_the_report_says_what_before_means_how_many_passes_and_what_else_there_is():
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.layer = nn.Embedding(10, 4), nn.Linear(4, 2)
+
+        def forward(self, i):
+            return self.layer(self.words(i))
+
+    report = lsuv_(Words(), torch.arange(10))
+    assert report.unowned == ("words.weight",)
+    text = str(report)
+    assert "; 1 forward pass and 1 to verify, " in text
+    assert "\nbefore: as each layer was met, behind those that were normalised already" in text
+    assert "\nleft as they are, in no layer that LSUV knows: words.weight" in text
+    assert "1 forward pass, " in str(lsuv_(Words(), torch.arange(10), verify=False))
+
+
+def test_the_plot_of_a_report_can_be_saved(tmp_path):
+    lsuv_(nn.Linear(4, 2), torch.randn(8, 4)).plot(save=tmp_path / "depth.png")
+    assert (tmp_path / "depth.png").read_bytes().startswith(b"\x89PNG")

@@ -17,9 +17,10 @@ _LAST = ("lr", "seconds")
 class History(list[dict[str, Any]]):
     """A list of rows, one an epoch, over all fits of a Learner; `print` shows a table.
 
-    A row is a dict: `fit` and `epoch` count from 0, `train_loss` and `valid_loss` are means over samples, then come the
-    metrics as `valid_<name>`, the learning rate of the first parameter group at the end of the epoch, and its duration in
-    seconds. A row of an epoch that was cut short has `partial=True`. A value that was not measured is None, or missing.
+    A row is a dict: `fit` and `epoch` count from 0 (bars and pictures from 1), `epoch` anew in each fit; `train_loss` and
+    `valid_loss` are means over samples; then come the metrics as `valid_<name>`, the learning rate of the first parameter group
+    at the end of the epoch, and its duration in seconds. A row of an epoch that was cut short has `partial=True`. A value that
+    was not measured is None, or missing.
 
     Example:
         >>> history = History()

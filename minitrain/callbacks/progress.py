@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import sys
 import time
 import warnings
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from minitrain.learner import Learner
 
 _REDRAW = 0.1  # seconds between two drawings of a bar
+_NARROW = 72  # columns; in fewer a bar with its loss would not fit into a line
 
 
 class Progress(Callback):
@@ -30,8 +32,8 @@ class Progress(Callback):
     also a bar over the epochs, and a picture of the losses where matplotlib is installed. The bars are fastprogress's; they
     are redrawn by the clock, about ten times a second, so that they cost the same however short a step is.
 
-    Where standard output is no terminal, where `CI` is set in the environment, and on every rank but the first one, it is one
-    plain line an epoch. Only fits are shown: `validate` and `predict` by themselves are quiet.
+    Where standard output is no terminal or a narrow one, where `CI` is set in the environment, and on every rank but the first
+    one, it is one plain line an epoch. Only fits are shown: `validate` and `predict` by themselves are quiet.
 
     A fit that does not come to its end is marked as interrupted, failed, or cancelled.
 
@@ -243,7 +245,9 @@ class _Bars(_Lines):
         elif bar is not None:
             bar.comment += f" {how}"  # the loss is not read anew: after an error that could fail, too
             bar.length, bar.last_t = bar.cols, time.time()
-            bar.update_bar(learn.batch_idx)  # not `update`: that would close a full bar, and wipe it
+            bar.update_bar(
+                max(learn.batch_idx, bar.last_v or 0)
+            )  # not `update`: that would close a full bar, and wipe it
             print(flush=True)  # noqa: T201 - what is printed next begins on a new line
         else:
             self._print(learn, how)
@@ -287,7 +291,8 @@ def _choose_display() -> _Lines:
     rank, notebook = _rank(), _in_notebook()
     terminal = sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
-    if rank or ci or not (notebook or terminal):
+    narrow = terminal and not notebook and shutil.get_terminal_size().columns < _NARROW
+    if rank or ci or narrow or not (notebook or terminal):
         return _Lines(rank)
     try:
         with warnings.catch_warnings():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -121,6 +122,21 @@ class OneCycle(Callback):
                     "(Learner(splitter=...)), and thaw them by requires_grad_(True)."
                 )
             scheduler.step()
+
+    def after_fit(self, learn: Learner) -> None:
+        """Warn if the cycle was not gone through: the net may have been left at a high rate."""
+        scheduler = self._scheduler
+        assert scheduler is not None
+        made, total = len(self.lrs), scheduler.total_steps
+        if made < 0.9 * total and learn.stop_reason is None:
+            cause = "updates or batches were cancelled" if made else "train_batch is overridden and fires no after_step"
+            rate = float(learn.opt.param_groups[0]["lr"])
+            warnings.warn(
+                f"OneCycle has made {made} of its {total} steps ({cause}?), and ended at lr={rate:.3g}. "
+                "Give the number of optimiser steps: OneCycle(total_steps=...).",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The rates so far; within a fit also where the cycle stands, and what is to be put back at its end."""

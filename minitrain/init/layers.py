@@ -23,7 +23,8 @@ WEIGHT_LAYERS = (
 )
 """The layers that LSUV normalises; their lazy forms and subclasses belong to them."""
 
-_NO_LAYERS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm, nn.PReLU)  # a `weight`, but no matrix product
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.PReLU)
+_NO_LAYERS = (nn.Embedding, nn.EmbeddingBag, *_NORMS)  # a `weight`, but no matrix product
 
 
 class Layer(NamedTuple):
@@ -95,12 +96,12 @@ def find_layers(model: nn.Module) -> list[Layer]:
 
 
 def unowned_parameters(model: nn.Module, layers: list[Layer]) -> tuple[str, ...]:
-    """Names of the parameters of two or more dimensions that belong to no layer, no norm and no embedding."""
+    """Names of the parameters of two or more dimensions that belong to no layer and no norm."""
     known = {module for layer in layers for module in layer.module.modules()}
     return tuple(
         f"{name}.{key}" if name else key
         for name, module in model.named_modules()
-        if module not in known and not isinstance(module, _NO_LAYERS)
+        if module not in known and not isinstance(module, _NORMS)
         for key, parameter in module._parameters.items()
         if _is_matrix(parameter)
     )

@@ -96,8 +96,8 @@ class InitReport:
         """Everything as plain types, ready for JSON."""
         return {**asdict(self), "rows": [{**asdict(row), "ok": row.ok} for row in self.rows], "ok": self.ok}
 
-    def plot(self) -> Figure:
-        """Draw the standard deviation by depth, before and after.
+    def plot(self, **kwargs: Any) -> Figure:
+        """Draw the standard deviation by depth, before and after; arguments (`ax`, `save`) as of `minitrain.plot.depth`.
 
         Returns:
             The matplotlib figure.
@@ -108,15 +108,17 @@ class InitReport:
         nan = float("nan")
         before = [nan if row.std_before is None else row.std_before for row in rows]
         after = [nan if row.std_after is None else row.std_after for row in rows]
-        figure: Figure = plot.depth([row.name for row in rows], before, after)
-        return figure
+        return plot.depth([row.name for row in rows], before, after, **kwargs)
 
     def summary(self) -> str:
         """One line: how many layers of each status, forward passes, seconds."""
         statuses = ", ".join(f"{n} {status}" for status, n in Counter(row.status for row in self.rows).items())
-        layers, forwards = _count(len(self.rows), "layer"), _count(self.forwards, "forward pass", "forward passes")
+        layers = _count(len(self.rows), "layer")
         what = "" if self.of == "outputs" else f" (µ and σ are those of the {self.of})"
-        return f"{self.stage}: {layers}: {statuses or 'nothing to do'}; {forwards}, {self.seconds:.2f} s{what}"
+        return f"{self.stage}: {layers}: {statuses or 'nothing to do'}; {self._passes()}, {self.seconds:.2f} s{what}"
+
+    def _passes(self) -> str:
+        return _count(self.forwards, "forward pass", "forward passes")
 
     def __str__(self) -> str:
         return f"{self._table()}\n{self.summary()}"
@@ -152,17 +154,24 @@ class LSUVReport(InitReport):
 
     Attributes:
         batch: The shapes of the inputs that the statistics were taken on.
-        unowned: Names of parameters with two or more dimensions that belong to no weight layer that LSUV knows, such as a
-            positional embedding, or a weight that a module of your own multiplies with: they are left as they are.
+        unowned: Names of parameters with two or more dimensions that belong to no weight layer that LSUV knows, such as an
+            embedding, or a weight that a module of your own multiplies with: they are left as they are.
     """
 
     batch: str = ""
     unowned: tuple[str, ...] = ()
 
     def summary(self) -> str:
-        """One line: how many layers of each status, forward passes, seconds; and a second line for other parameters."""
+        """How many layers of each status, forward passes, seconds; what "before" means; and a line for other parameters."""
+        before = "\nbefore: as each layer was met, behind those that were normalised already"
         others = f"\nleft as they are, in no layer that LSUV knows: {', '.join(self.unowned)}" if self.unowned else ""
-        return f"{super().summary()}, batch {self.batch}{others}"
+        return f"{super().summary()}, batch {self.batch}{before}{others}"
+
+    def _passes(self) -> str:
+        verified = any(row.std_after is not None for row in self.rows)
+        return _count(self.forwards - verified, "forward pass", "forward passes") + (
+            " and 1 to verify" if verified else ""
+        )
 
 
 def _count(n: int, one: str, many: str = "") -> str:
