@@ -322,7 +322,8 @@ def test_without_fastprogress_there_are_plain_lines(monkeypatch):
 
 
 SCRIPT = """
-import time, torch
+import signal, time, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started deaf to it
 from torch import nn
 from minitrain import Callback, DataLoaders, Learner
 
