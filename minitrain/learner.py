@@ -17,8 +17,8 @@ from minitrain import checks, runs
 from minitrain.batch import concatenate, n_samples, split_batch, to_device
 from minitrain.callback import Callback
 from minitrain.callbacks import History, OneCycle
-from minitrain.data import DataLoaders, check_loader
-from minitrain.errors import Cancel, CancelStep, DataError, LoopError
+from minitrain.data import DataLoaders
+from minitrain.errors import Cancel, CancelStep, LoopError
 from minitrain.init import InitReport, InitStage
 from minitrain.metrics import Mean, Metric, as_metrics, compute_metrics
 from minitrain.optim import Splitter, learning_rate, rate_of
@@ -160,7 +160,7 @@ class Learner:
             LoopError: Called inside a callback, or a callback raised a cancel that has nothing to cancel.
             DataError: A loader is empty or exhausted, or a batch is not of the form that `split_batch` expects.
         """
-        self._check_fit(n_epochs, lr, resume)
+        runs.check_fit(self, n_epochs, lr, resume)
         self._touched = False
         with runs.running(self, "fit", cbs), runs.seeded(self):
             runs.prepare(self)
@@ -376,7 +376,7 @@ class Learner:
             DataError: There is no loader, or it is empty.
             LoopError: Called inside another validation or prediction.
         """
-        dl = self._loader(dl)
+        dl = runs.loader_of(self, dl)
         with runs.aside(self, "validate", dl):
             return self._validate(dl)[0]
 
@@ -403,7 +403,7 @@ class Learner:
         Returns:
             `(preds, targets)`, concatenated along the first dimension, on the CPU; `targets` is None where there are none.
         """
-        dl = self._loader(dl)
+        dl = runs.loader_of(self, dl)
         if shuffles(dl):
             warnings.warn("get_preds over a shuffling loader: rows come in shuffled order.", UserWarning, stacklevel=2)
         rows = self._predictions(dl, torch.device("cpu"))
@@ -497,28 +497,6 @@ class Learner:
         return next((report for report in reversed(self.init_reports) if report is not None), None)
 
     # -- the plumbing (runs.py has the rest) --------------------------------------------------------------------------
-
-    def _check_fit(self, n_epochs: Any, lr: Any, resume: Any) -> None:
-        if self._stages is not None:
-            raise LoopError(
-                f"fit inside a callback (during a {self.phase}): fits cannot be nested. Call it afterwards."
-            )
-        checks.check_n_epochs(n_epochs)
-        checks.check_lr("lr", lr)
-        checks.check_model(self.model)
-        checks.check_not_empty(self.dls.train, "training")
-        checks.check_not_empty(self.dls.valid, "validation")
-        if resume is not None:
-            raise LoopError(f"resume={resume!r}: this version of minitrain writes no checkpoints to resume from.")
-
-    def _loader(self, dl: Iterable[Any] | None) -> Iterable[Any]:
-        if dl is None:
-            dl = self.dls.valid
-        if dl is None:
-            raise DataError("dl=None and there is no validation loader. Pass one: DataLoaders(train, valid), or dl=...")
-        check_loader("dl", dl)
-        checks.check_not_empty(dl, "given")
-        return dl
 
     def _predictions(self, dl: Iterable[Any], device: torch.device | None = None) -> list[tuple[Any, Any]]:
         rows: list[tuple[Any, Any]] = []

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from minitrain import checks
 from minitrain.batch import to_device
 from minitrain.callback import Callback
 from minitrain.callbacks import Progress
-from minitrain.checks import check_callbacks
-from minitrain.errors import InitError, LoopError
+from minitrain.data import check_loader
+from minitrain.errors import DataError, InitError, LoopError
 from minitrain.init import InitReport, InitStage
 from minitrain.optim import build_optimizer, check_parameters
 from minitrain.passes import set_epoch
@@ -47,10 +48,10 @@ AT_REST: dict[str, Any] = {
 
 def participants(learn: Learner, cbs: Iterable[Callback] = ()) -> list[Callback]:
     """The user's callbacks, those of one fit, and the default ones, in the order in which they run."""
-    everyone: Sequence[Callback] = [*learn._cbs, *check_callbacks(cbs)]
+    everyone: Sequence[Callback] = [*learn._cbs, *checks.check_callbacks(cbs)]
     if learn._progress and not any(isinstance(cb, Progress) for cb in everyone):
         everyone = [*everyone, Progress()]
-    return sorted(check_callbacks(everyone), key=lambda cb: cb.order)
+    return sorted(checks.check_callbacks(everyone), key=lambda cb: cb.order)
 
 
 @contextmanager
@@ -126,6 +127,31 @@ def new_fit(learn: Learner, n_epochs: int) -> Iterator[None]:
         raise
     finally:
         learn._before = None
+
+
+def check_fit(learn: Learner, n_epochs: Any, lr: Any, resume: Any) -> None:
+    """Everything that can be known to be wrong before anything is changed."""
+    if learn._stages is not None:
+        raise LoopError(f"fit inside a callback (during a {learn.phase}): fits cannot be nested. Call it afterwards.")
+    checks.check_n_epochs(n_epochs)
+    checks.check_lr("lr", lr)
+    checks.check_model(learn.model)
+    checks.check_not_empty(learn.dls.train, "training")
+    checks.check_not_empty(learn.dls.valid, "validation")
+    if resume is not None:
+        raise LoopError(f"resume={resume!r}: this version of minitrain writes no checkpoints to resume from.")
+
+
+def loader_of(learn: Learner, dl: Any) -> Iterable[Any]:
+    """The loader that was given, or the validation loader."""
+    if dl is None:
+        dl = learn.dls.valid
+    if dl is None:
+        raise DataError("dl=None and there is no validation loader. Pass one: DataLoaders(train, valid), or dl=...")
+    check_loader("dl", dl)
+    checks.check_not_empty(dl, "given")
+    loader: Iterable[Any] = dl
+    return loader
 
 
 def prepare(learn: Learner) -> None:
