@@ -111,6 +111,29 @@ def test_what_an_error_has_passed_is_freed_when_it_is_caught(error, where):
     assert [ref() for ref in refs] == [None]
 
 
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize(
+    "call", [lambda learn: learn.fit(2), lambda learn: learn.validate(), lambda learn: learn.predict(X)]
+)
+def test_a_batch_is_gone_before_the_next_one_is_made(call):
+    class Fresh:
+        made = ()
+
+        def __iter__(self):
+            for _ in range(4):
+                assert all(ref() is None for ref in self.made)
+                x = torch.randn(4, 3)
+                self.made = (*self.made, weakref.ref(x))
+                batch = x, torch.zeros(4, dtype=torch.int64)
+                del x
+                yield batch
+                del batch
+
+    fresh = Fresh()
+    call(make(dls=DataLoaders(fresh, fresh)))
+    assert all(ref() is None for ref in fresh.made)
+
+
 # -- the seed, and a first fit that fails -----------------------------------------------------------------------------
 
 
@@ -286,6 +309,30 @@ def test_a_row_over_a_part_of_the_data_is_marked_partial(kind):
 def test_describe_within_a_fit_shows_the_callbacks_of_that_fit(capsys):
     make().fit(1, cbs=[on("after_fit", lambda learn: learn.describe())])
     assert "after_fit              On" in capsys.readouterr().out
+
+
+ENDINGS = {
+    "after_batch": CancelTrain,
+    "after_step": CancelBatch,
+    "after_cancel_step": CancelTrain,
+    "after_train": CancelEpoch,
+    "after_epoch": CancelFit,
+}
+
+
+@pytest.mark.parametrize("event", ENDINGS)
+def test_a_cancel_in_an_ending_event_takes_it_from_nobody_else(event):
+    """Who had the beginning is owed the end, wherever it stands in the list."""
+
+    def throw(kind):
+        return lambda learn: (_ for _ in ()).throw(kind)
+
+    heard = []
+    cbs = [on(event, throw(ENDINGS[event])), on(event, lambda learn: heard.append(event), state_key="second")]
+    if event == "after_cancel_step":
+        cbs.append(on("before_step", throw(CancelStep), state_key="skip"))
+    make(dls=DataLoaders([(X, Y)]), cbs=cbs).fit(1)
+    assert heard == [event]
 
 
 # -- a callback serves one Learner at a time --------------------------------------------------------------------------
