@@ -250,7 +250,8 @@ class Normalizer:
         solve = partial(normalize, bench, visit.output, visit.stats, tolerance=tolerance)
         affine = visit.layer.name in self._affine
         if (solved := solve(center=centering)) is not None:
-            if not affine or _holds_in_float64(visit, tolerance, centering):
+            near = affine or abs(visit.stats.mean) >= 100 * visit.stats.std  # to the limit of what can be represented
+            if not near or _holds_in_float64(visit, tolerance, centering):
                 return _Verdict(status, reason, output=solved, centered=centering)
             bench.run()
             return _Verdict("unscalable", _not_representable(visit.stats, visit.output.dtype))
@@ -295,7 +296,10 @@ def _holds_in_float64(visit: _Visit, tolerance: float, centering: bool) -> bool:
     """The layer, as it is now, computed in float64: mean and standard deviation are no artefact of rounding."""
     if visit.output.dtype == torch.float64 or visit.output.device.type == "mps":  # which has none
         return True
-    stats = moments(visit.call.repeat(copy.deepcopy(visit.layer.module).double(), torch.float64))
+    try:
+        stats = moments(visit.call.repeat(copy.deepcopy(visit.layer.module).double(), torch.float64))
+    except (RuntimeError, TypeError):  # a layer of one's own that cannot be copied, or works in one precision only
+        return True
     return abs(stats.std - 1) < 2 * tolerance and (not centering or abs(stats.mean) < 2 * tolerance)
 
 

@@ -56,17 +56,16 @@ def normalize(bench: Bench, output: Tensor, start: Moments, *, center: bool, tol
     """
     scale, shift, now = 1.0, 0.0, start
     slope, gain = 1.0, 1.0  # of log std over log scale, of mean over shift
-    best, setting, fruitless, homogeneous = math.inf, (1.0, 0.0), 0, False
+    best, setting, fruitless = math.inf, (1.0, 0.0), 0
     for attempt in range(ATTEMPTS):
         factor = now.std ** (-1 / slope)
         scale, shift = scale * factor, shift * factor
         last, now = now, moments(bench.run(scale, scale, shift))
         if not _is_usable(now):
             break
-        if attempt == 0:
-            homogeneous = abs(now.std - 1) < tolerance  # the output scales as weight and bias do
-            if not homogeneous and not _responds(bench, output, start, (1.0, 0.0), (2**4, 2**10, 2**20)):
-                break
+        scales = abs(now.std - 1) < tolerance  # the output does, as weight and bias do
+        if attempt == 0 and not scales and not _responds(bench, output, start):
+            break
         if abs(math.log(factor)) > 1e-3:
             slope = min(max(math.log(now.std / last.std) / math.log(factor), 0.25), 4.0)
         if center and now.mean:
@@ -84,12 +83,7 @@ def normalize(bench: Bench, output: Tensor, start: Moments, *, center: bool, tol
         if fruitless == PATIENCE or best == 0:
             break
     if best < tolerance:
-        result = bench.run(setting[0], *setting)
-        # One that does not scale with weight and bias might have got there by the spread of its bias alone.
-        if homogeneous:
-            return result
-        if _responds(bench, result, moments(result), setting, (2.0,)):
-            return bench.run(setting[0], *setting)
+        return bench.run(setting[0], *setting)
     bench.run()
     return None
 
@@ -123,13 +117,10 @@ def _is_usable(stats: Moments) -> bool:
     return math.isfinite(stats.mean) and math.isfinite(stats.m2) and stats.std > 0
 
 
-def _responds(
-    bench: Bench, output: Tensor, stats: Moments, setting: tuple[float, float], factors: tuple[float, ...]
-) -> bool:
-    """So many times the weight, with the same bias, makes a difference that is not small against the output's spread."""
-    scale, shift = setting
-    for factor in factors:
-        spread = moments(bench.run(factor * scale, scale, shift) - output).std
+def _responds(bench: Bench, output: Tensor, stats: Moments) -> bool:
+    """Many times the weight, with the same bias, makes a difference that is not small against the output's spread."""
+    for factor in (2**4, 2**10, 2**20):  # a large bias may hide a smaller one, half precision may not hold a larger one
+        spread = moments(bench.run(factor) - output).std
         if math.isfinite(spread) and spread > 1e-2 * stats.std:
             return True
     return False
