@@ -41,14 +41,14 @@ class LSUV:
     |---|---|
     | normalized | mean 0 and standard deviation 1 (with `center=False`: standard deviation 1) |
     | no_bias | standard deviation 1; there is no bias that might move the mean (none, frozen, shared) |
-    | scaled | standard deviation 1; the mean does not follow the bias (an activation inside of the layer) |
+    | scaled | standard deviation 1; the bias cannot bring the mean to 0 (an activation inside of the layer) |
     | reused | called several times; the first call is normalised |
     | tied | the weight is shared with a layer that was there first, and not scaled again; centred by its own bias |
     | frozen | its weight does not require a gradient; left as it is |
     | skipped | left out by `layers=` or `skip=` |
     | dead | standard deviation 0, or the weight or the layer's input all zero; left as it is |
     | few_values | one output value, which has no standard deviation; left as it is |
-    | unscalable | the output does not follow the weight (spectral norm, weight standardisation); centred by its bias only |
+    | unscalable | the output does not follow the weight (spectral norm: only centred), or its spread is rounding |
     | unhandled | attention's weights, recurrent layers, classes that LSUV does not know; left as they are |
     | unreached | never called in this forward pass; left as it is |
     | failed | should be normalised, but the verifying pass measured something else: do not rely on it |
