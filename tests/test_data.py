@@ -255,7 +255,8 @@ def test_from_dataset_refuses(name):
 
 def vision(name, data, targets, transform=None, target_transform=None, **attributes):
     """A dataset of torchvision in memory, without its files."""
-    datasets = pytest.importorskip("torchvision.datasets")
+    from torchvision import datasets
+
     kind = getattr(datasets, name)
     dataset = kind.__new__(kind)
     datasets.VisionDataset.__init__(dataset, "nowhere", transform=transform, target_transform=target_transform)
@@ -298,7 +299,8 @@ def test_images_of_torchvision_are_what_to_tensor_makes_of_them(name):
 
 
 def test_real_mnist_is_what_to_tensor_makes_of_it(tmp_path):
-    torchvision = pytest.importorskip("torchvision")
+    import torchvision
+
     archives = Path(__file__).parents[2] / "shared/data/MNIST/raw"
     if not archives.exists():
         pytest.skip("MNIST is not at hand")
@@ -342,7 +344,7 @@ def test_transforms_of_torchvision_are_never_skipped():
 
 
 def test_datasets_that_make_their_samples_in_another_way_are_read_by_sample():
-    datasets = pytest.importorskip("torchvision.datasets")
+    from torchvision import datasets
 
     class Inverted(datasets.MNIST):
         def __getitem__(self, index):
