@@ -39,7 +39,9 @@ def n_samples(batch: Any) -> int:
     Raises:
         DataError: There is no tensor with a dimension in it.
     """
-    first = next(_tensors_in(batch), None)
+    first = batch[0] if type(batch) in (tuple, list) and batch else batch
+    if not isinstance(first, Tensor):  # nested deeper
+        first = next(_tensors_in(batch), None)
     if first is None or first.dim() == 0:
         raise DataError(f"cannot tell how many samples are in {describe_batch(batch)}: override Learner.n_samples.")
     return len(first)

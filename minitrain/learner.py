@@ -198,9 +198,10 @@ class Learner:
             self.training = False
 
     def _batches(self, drawing: Pass, body: Callable[[], None]) -> None:
+        device = self.device
         for batch in drawing:
             self.batch_idx = drawing.n_drawn - 1
-            self.batch = to_device(batch, self.device)
+            self.batch = to_device(batch, device)
             del batch  # or it would live on while the next one is made
             try:
                 self.xb, self.yb = self.split_batch(self.batch)
