@@ -406,8 +406,9 @@ def test_compute_metrics_refuses(metrics, match):
 
 
 def test_objects_of_torchmetrics_give_what_ours_give():
-    classification = pytest.importorskip("torchmetrics.classification")
-    torchmetrics = pytest.importorskip("torchmetrics")
+    import torchmetrics
+    from torchmetrics import classification
+
     metrics = as_metrics(
         {
             "theirs": classification.MulticlassAccuracy(num_classes=3, average="micro"),
@@ -435,7 +436,8 @@ def test_objects_of_torchmetrics_give_what_ours_give():
 
 
 def test_objects_of_torchmetrics_are_named_by_their_class():
-    torchmetrics = pytest.importorskip("torchmetrics")
+    import torchmetrics
+
     metrics = as_metrics([torchmetrics.MeanSquaredError(), torchmetrics.MeanAbsoluteError()])
     assert list(metrics) == ["MeanSquaredError", "MeanAbsoluteError"]
     mse, ours = metrics["MeanSquaredError"], as_metrics([nn.functional.mse_loss])["mse_loss"]
@@ -447,7 +449,8 @@ def test_objects_of_torchmetrics_are_named_by_their_class():
 
 
 def test_a_class_or_a_bare_collection_of_torchmetrics_is_refused():
-    torchmetrics = pytest.importorskip("torchmetrics")
+    import torchmetrics
+
     with pytest.raises(TypeError, match=r"MulticlassAccuracy is a class.*did you forget \(\)"):
         as_metrics([torchmetrics.classification.MulticlassAccuracy])
     with pytest.raises(TypeError, match="wanted a list or a dict"):
