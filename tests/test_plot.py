@@ -48,6 +48,12 @@ def test_curves_show_losses_and_metrics_by_epoch_over_all_fits():
     assert [text.get_text() for text in metrics.get_legend().get_texts()] == ["accuracy"]
 
 
+def test_curves_tell_metrics_of_training_from_those_of_validation():
+    columns = {"train_loss": [1.0, 0.5], "train_accuracy": [0.6, 0.8], "valid_accuracy": [0.5, 0.7]}
+    _, metrics = plot.curves(columns).axes
+    assert [line.get_label() for line in metrics.lines] == ["training accuracy", "accuracy"]
+
+
 def test_curves_without_metrics_have_one_panel_and_without_anything_none_fails():
     assert len(plot.curves({"train_loss": [0.1], "valid_loss": [None]}).axes) == 1
     render(plot.curves({"train_loss": [], "valid_loss": []}))
