@@ -20,7 +20,18 @@ from minitrain.errors import (
     MinitrainError,
 )
 from minitrain.hooks import Hooks
-from minitrain.init import LSUV, InitReport, InitStage, KaimingNormal, LSUVReport, layer_stats, lsuv_
+from minitrain.init import (
+    LSUV,
+    InitReport,
+    InitStage,
+    KaimingNormal,
+    LSUVReport,
+    Orthogonal,
+    XavierNormal,
+    Zero,
+    layer_stats,
+    lsuv_,
+)
 from minitrain.learner import Learner
 
 __version__ = "0.1.0"
@@ -48,6 +59,9 @@ __all__ = [
     "Learner",
     "LoopError",
     "MinitrainError",
+    "Orthogonal",
+    "XavierNormal",
+    "Zero",
     "layer_stats",
     "lsuv_",
 ]

@@ -151,8 +151,9 @@ def preserve_attributes(modules: Iterable[nn.Module]) -> Iterator[None]:
                 now.update(before)
 
 
-def _contents(module: nn.Module) -> list[list[int]]:
-    return [[id(thing) for thing in table.values()] for table in (module._parameters, module._buffers, module._modules)]
+def _contents(module: nn.Module) -> tuple[int, ...]:
+    tables = module._parameters, module._buffers, module._modules
+    return (*(len(table) for table in tables), *(id(thing) for table in tables for thing in table.values()))
 
 
 @contextmanager

@@ -250,6 +250,9 @@ class _Inputs:
 
     def __init__(self, learn: Learner) -> None:
         self._learn = learn
+        self.progress = learn._progress or any(
+            isinstance(cb, Progress) for cb in learn.cbs
+        )  # long stages may draw a bar
 
     def __iter__(self) -> Iterator[Any]:
         set_epoch(self._learn.dls.train, self._learn._epochs_begun)  # another Learner may have used the loader

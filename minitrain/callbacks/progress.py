@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import io
-import os
-import shutil
-import sys
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from minitrain.bars import REDRAW, BarTypes, bar_types, move, rank
 from minitrain.callback import Callback
 from minitrain.callbacks.history import show
 from minitrain.passes import loader_length
 
 if TYPE_CHECKING:
     from minitrain.learner import Learner
-
-_REDRAW = 0.1  # seconds between two drawings of a bar
-_NARROW = 72  # columns; in fewer a bar with its loss would not fit into a line
 
 
 class Progress(Callback):
@@ -38,6 +30,7 @@ class Progress(Callback):
     A fit that does not come to its end is marked as interrupted, failed, or cancelled.
 
     Example:
+        >>> import torch
         >>> from minitrain import BatchLoader, DataLoaders, Learner
         >>> x = torch.zeros(8, 1)
         >>> learn = Learner(torch.nn.Linear(1, 1, bias=False), DataLoaders(BatchLoader(x, x, batch_size=4)), torch.nn.MSELoss())
@@ -159,12 +152,9 @@ class _Lines:
 class _Bars(_Lines):
     """fastprogress's bars and its table. They are moved by the events of the loop: it iterates over its own loaders."""
 
-    def __init__(self, fastprogress: Any, notebook: bool) -> None:
+    def __init__(self, types: BarTypes) -> None:
         super().__init__()
-        kind = "NB" if notebook else "Console"
-        self._master_type = getattr(fastprogress, f"{kind}MasterBar")
-        self._bar_type = getattr(fastprogress, f"{kind}ProgressBar")
-        self._notebook = notebook
+        self._bar_type, self._master_type, self._notebook = types
         self._master: Any = None
         self._bar: Any = None
         self._picture: Any = None
@@ -174,17 +164,17 @@ class _Bars(_Lines):
     def open(self, learn: Learner) -> None:
         self._columns = []
         self._master = self._master_type(None, total=learn.n_epochs)
-        _move(self._master.main_bar, 0)
+        move(self._master.main_bar, 0)
 
     def begin_epoch(self, learn: Learner) -> None:
-        _move(self._master.main_bar, learn.epoch)
+        move(self._master.main_bar, learn.epoch)
 
     def begin_pass(self, learn: Learner, which: str) -> None:
         self._end_pass()
         bar = self._bar_type(None, total=loader_length(learn.dl) or "noinfer", parent=self._master)
-        _move(bar, 0)
+        move(bar, 0)
         bar.comment = which
-        self._bar, self._next = bar, time.perf_counter() + _REDRAW
+        self._bar, self._next = bar, time.perf_counter() + REDRAW
 
     def draw(self, learn: Learner) -> None:
         if time.perf_counter() < self._next:
@@ -194,8 +184,8 @@ class _Bars(_Lines):
             if learn.running_loss.count:
                 which = "train" if learn.training else "valid"
                 self._bar.comment = f"{which} loss {show(learn.running_loss.compute())}"
-            _move(self._bar, done)
-        self._next = time.perf_counter() + _REDRAW
+            move(self._bar, done)
+        self._next = time.perf_counter() + REDRAW
 
     def end_epoch(self, learn: Learner, row: dict[str, Any]) -> None:
         self._end_pass()
@@ -272,14 +262,6 @@ class _Bars(_Lines):
             self._picture.update(image)
 
 
-def _move(bar: Any, value: int) -> None:
-    """Draw a bar at `value`, whether or not fastprogress thinks that it is time to."""
-    bar.wait_for = 0
-    if hasattr(bar, "cols"):  # on a terminal fill the line, so that nothing of a longer text stays
-        bar.length = bar.cols
-    bar.update(value)
-
-
 def _cell(name: str, value: Any) -> str:
     if value is None:
         return "-"
@@ -288,29 +270,5 @@ def _cell(name: str, value: Any) -> str:
 
 
 def _choose_display() -> _Lines:
-    rank, notebook = _rank(), _in_notebook()
-    terminal = sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-    ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
-    narrow = terminal and not notebook and shutil.get_terminal_size().columns < _NARROW
-    if rank or ci or narrow or not (notebook or terminal):
-        return _Lines(rank)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # 1.0.x warns where matplotlib is missing
-            from fastprogress import fastprogress
-    except ImportError:
-        return _Lines()
-    return _Bars(fastprogress, notebook and getattr(fastprogress, "IN_NOTEBOOK", True))
-
-
-def _rank() -> int:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    rank = os.environ.get("RANK", "")
-    return int(rank) if rank.isdecimal() else 0
-
-
-def _in_notebook() -> bool:
-    ipython = sys.modules.get("IPython")
-    shell = None if ipython is None else ipython.get_ipython()
-    return hasattr(shell, "kernel")  # a notebook's shell has one, a terminal's has none
+    types = bar_types()
+    return _Lines(rank()) if types is None else _Bars(types)

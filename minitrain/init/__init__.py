@@ -1,7 +1,8 @@
 """Initialisation is a stage: LSUV, random initialisers, and the reports that say what they did."""
 
+from minitrain.init.kinds import register_layer
 from minitrain.init.lsuv import LSUV, layer_stats, lsuv_
-from minitrain.init.random import KaimingNormal
+from minitrain.init.random import KaimingNormal, Orthogonal, XavierNormal, Zero
 from minitrain.init.report import InitReport, LayerRow, LSUVReport
 from minitrain.init.stage import InitStage
 
@@ -12,6 +13,10 @@ __all__ = [
     "KaimingNormal",
     "LSUVReport",
     "LayerRow",
+    "Orthogonal",
+    "XavierNormal",
+    "Zero",
     "layer_stats",
     "lsuv_",
+    "register_layer",
 ]

@@ -1,67 +1,92 @@
-"""What a weight layer is: finding them all, their parameters, and who else uses those."""
+"""`Layer`: a weight and a bias with an output of their own, and where they are found in a model."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from minitrain.errors import InitError
 from minitrain.hooks import select_modules
-
-WEIGHT_LAYERS = (
-    nn.Linear,
-    nn.Bilinear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
-"""The layers that LSUV normalises; their lazy forms and subclasses belong to them."""
+from minitrain.init.kinds import WEIGHT_LAYERS, Kind, kind_of
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.PReLU)
 _NO_LAYERS = (nn.Embedding, nn.EmbeddingBag, *_NORMS)  # a `weight`, but no matrix product
 
 
-class Layer(NamedTuple):
+@dataclass(frozen=True)
+class Part:
+    """A parameter, or some rows of it: what a layer scales or shifts."""
+
+    parameter: nn.Parameter
+    rows: slice | None = None
+
+    @property
+    def tensor(self) -> Tensor:
+        """What can be written to; a view, where it is some rows only."""
+        return self.parameter if self.rows is None else self.parameter.detach()[self.rows]
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
     """A weight layer of a model.
 
     Attributes:
-        name: Its dotted name.
-        module: The module itself; for the input projection of an attention the attention.
+        name: Its dotted name; of attention's projections `<attention>.q`, `.k`, `.v` and `.out_proj`.
+        module: The module that holds the parameters.
+        owner: The dotted name of that module.
+        kind: Under which names it holds them; None for a class that LSUV does not know.
+        calls_module: Its output is what the module puts out. Otherwise it is what a function makes of the weight, which the
+            model calls by itself.
         parent: The module that uses its weights without calling it, if there is one: naming that one names this one, too.
-        problem: Why LSUV cannot handle it; empty if it can.
+        problem: Why LSUV cannot handle it, unless the model calls a function with its weight; empty if it can.
+        weight: What scales the output: the weight, or what it is computed from (of weight norm the magnitude).
+        bias: What shifts it; None if there is none, or none that can be shifted because it is computed from something else.
+        latent: Only a parameter with two or more dimensions: a layer once a function multiplies with it.
     """
 
     name: str
     module: nn.Module
+    owner: str
+    kind: Kind | None = None
+    calls_module: bool = True
     parent: nn.Module | None = None
     problem: str = ""
+    weight: Part | None = None
+    bias: Part | None = None
+    latent: bool = False
 
     @property
-    def kind(self) -> str:
+    def class_name(self) -> str:
         """The name of its class."""
         return type(self.module).__name__.removeprefix("Parametrized")
 
     @property
-    def weight(self) -> nn.Parameter | None:
-        """The parameter that scales the weight: itself, or what it is computed from (of weight norm the magnitude)."""
-        return _parameter(self.module, "weight", "weight_g", "weight_orig")
+    def has_bias(self) -> bool:
+        """There is a bias, even if it is computed."""
+        if self.bias is not None or self.kind is None:
+            return self.bias is not None
+        return getattr(self.module, self.kind.bias, None) is not None
 
     @property
-    def bias(self) -> nn.Parameter | None:
-        """The bias; None if there is none, or none that can be shifted because it is computed from something else."""
-        return self.module._parameters.get("bias")
+    def matrix(self) -> Part | None:
+        """The weight matrix itself; of weight norm its direction. None where it is computed in another way."""
+        if self.weight is None:
+            return None
+        name = self.kind.weight if self.kind else "weight"
+        if not self.calls_module or self.module._parameters.get(name) is self.weight.parameter:
+            return self.weight if self.weight.parameter.ndim >= 2 else None
+        direction = _parameter(self.module, (f"{name}_v",), "original1", name)
+        return None if direction is None else Part(direction)
 
     @property
     def is_affine(self) -> bool:
         """It is certain that the output is W x + b: torch's own class, untouched by hooks, patches or parametrisations."""
         module = self.module
-        return (
+        return not self.calls_module or (
             type(module) in WEIGHT_LAYERS
             and type(module._parameters.get("weight")) is nn.Parameter
             and getattr(module, "bias", None) is module._parameters.get("bias")
@@ -80,30 +105,82 @@ def find_layers(model: nn.Module) -> list[Layer]:
             continue
         if isinstance(module, nn.MultiheadAttention):
             by_attention.add(module.out_proj)
-            dot = f"{name}." if name else ""
-            problem = "attention multiplies with this weight itself, without calling a layer"
-            layers.append(Layer(f"{dot}in_proj", module, module, problem))
-            layers.append(Layer(f"{dot}out_proj", module.out_proj, module, problem))
-        elif isinstance(module, WEIGHT_LAYERS):
-            layers.append(Layer(name, module))
-        elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-            layers.append(
-                Layer(name, module, problem="the output of a recurrent layer does not follow its weights' scale")
+            layers += _projections(name, module)
+        elif (kind := kind_of(module)) is not None:
+            weight = _parameter(
+                module, (kind.weight, f"{kind.weight}_g", f"{kind.weight}_orig"), "original0", kind.weight
             )
-        elif not isinstance(module, _NO_LAYERS) and _is_matrix(module._parameters.get("weight")):
-            layers.append(Layer(name, module, problem="LSUV does not know this class"))
+            bias = module._parameters.get(kind.bias)
+            layers.append(Layer(name, module, name, kind, weight=_part(weight), bias=_part(bias)))
+        elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+            problem = "the output of a recurrent layer does not follow its weights' scale"
+            layers.append(Layer(name, module, name, calls_module=False, problem=problem))
+        elif not isinstance(module, _NO_LAYERS):
+            layers += _functional(name, module)
     return layers
 
 
-def unowned_parameters(model: nn.Module, layers: list[Layer]) -> tuple[str, ...]:
-    """Names of the parameters of two or more dimensions that belong to no layer and no norm."""
-    known = {module for layer in layers for module in layer.module.modules()}
+def _projections(name: str, module: nn.MultiheadAttention) -> Iterable[Layer]:
+    """The input projections of an attention, three blocks of one parameter or three parameters, and the output's."""
+    dot = f"{name}." if name else ""
+    problem = "a function of torch that LSUV does not follow multiplies with this weight"
+    size = module.embed_dim
+    packed, bias = module._parameters.get("in_proj_weight"), module._parameters.get("in_proj_bias")
+    for i, which in enumerate("qkv"):
+        rows = slice(i * size, (i + 1) * size)
+        own = module._parameters.get(f"{which}_proj_weight")
+        weight = Part(packed, rows) if packed is not None else _part(own)
+        yield Layer(
+            f"{dot}{which}",
+            module,
+            name,
+            Kind("in_proj_weight", "in_proj_bias"),
+            calls_module=False,
+            parent=module,
+            problem=problem,
+            weight=weight,
+            bias=None if bias is None else Part(bias, rows),
+        )
+    out = module.out_proj
+    yield Layer(
+        f"{dot}out_proj",
+        out,
+        f"{dot}out_proj",
+        Kind(),
+        calls_module=False,
+        parent=module,
+        problem=problem,
+        weight=_part(out._parameters.get("weight")),
+        bias=_part(out._parameters.get("bias")),
+    )
+
+
+def _functional(name: str, module: nn.Module) -> Iterable[Layer]:
+    """Matrices of a class that LSUV does not know: layers, if a function of torch multiplies with them."""
+    for key, parameter in module._parameters.items():
+        if _is_matrix(parameter):
+            known = key == "weight"
+            yield Layer(
+                name if known else f"{name}.{key}" if name else key,
+                module,
+                name,
+                calls_module=False,
+                problem="LSUV does not know this class (teach it by register_layer)",
+                weight=_part(parameter),
+                latent=not known,
+            )
+
+
+def unowned_parameters(model: nn.Module, layers: Iterable[Layer]) -> tuple[str, ...]:
+    """Names of the parameters of two or more dimensions that belong to none of `layers`, and to no norm."""
+    known = {module for layer in layers if not layer.latent for module in layer.module.modules()}
+    used = {id(layer.weight.parameter) for layer in layers if layer.weight is not None}
     return tuple(
         f"{name}.{key}" if name else key
         for name, module in model.named_modules()
         if module not in known and not isinstance(module, _NORMS)
         for key, parameter in module._parameters.items()
-        if _is_matrix(parameter)
+        if _is_matrix(parameter) and id(parameter) not in used
     )
 
 
@@ -119,12 +196,21 @@ def choose(model: nn.Module, layers: list[Layer], only: Any, skip: Any = ()) -> 
 
 
 def _selected(model: nn.Module, layers: list[Layer], select: Any, argument: str) -> set[str]:
-    modules = set(select_modules(model, select).values())
-    names = {layer.name for layer in layers if layer.module in modules or layer.parent in modules}
+    names: set[str] = set()
+    for part in list(select) if isinstance(select, (list, tuple, set, frozenset)) else [select]:
+        own = {layer.name for layer in layers if isinstance(part, str) and fnmatchcase(layer.name, part)}
+        try:
+            modules = set(select_modules(model, part).values())
+        except ValueError:
+            if not own:  # attention's "q", say, is a layer and no module
+                raise
+            modules = set()
+        names |= own | {layer.name for layer in layers if layer.module in modules or layer.parent in modules}
     if not names:
+        known = ", ".join(repr(layer.name) for layer in layers if not layer.latent)
         raise ValueError(
-            f"{argument}={select!r} picks no weight layer. There are {', '.join(repr(layer.name) for layer in layers)}; for "
-            "all layers inside of a module write 'name.*'."
+            f"{argument}={select!r} picks no weight layer. There are {known}; for all layers inside of a module write "
+            "'name.*'."
         )
     return names
 
@@ -133,97 +219,17 @@ def _is_matrix(parameter: nn.Parameter | None) -> bool:
     return parameter is not None and (is_lazy(parameter) or parameter.ndim >= 2)
 
 
-def _parameter(module: nn.Module, *names: str) -> nn.Parameter | None:
+def _part(parameter: nn.Parameter | None) -> Part | None:
+    return None if parameter is None else Part(parameter)
+
+
+def _parameter(module: nn.Module, names: Iterable[str], original: str, parametrized: str) -> nn.Parameter | None:
+    """The first parameter of these names; of a parametrised one its original (of several: the one of that name)."""
     for name in names:
         if module._parameters.get(name) is not None:
             return module._parameters[name]
-    if nn.utils.parametrize.is_parametrized(module, names[0]):
-        return _parameter(module.get_submodule(f"parametrizations.{names[0]}"), "original", "original0")
+    if nn.utils.parametrize.is_parametrized(module, parametrized):
+        table = module.get_submodule(f"parametrizations.{parametrized}")._parameters
+        found = table.get(original)
+        return table.get("original") if found is None else found
     return None
-
-
-class Sharing:
-    """Which parameters live in the same memory: tied ones, and views of one another.
-
-    Args:
-        model: The model, without lazy parameters that will be used.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._extents: list[tuple[str, int, int, str]] = []  # device, first byte, the one behind the last, owner
-        self._of: dict[int, tuple[str, int, int]] = {}
-        for name, module in model.named_modules():
-            owner = name.split(".parametrizations.")[0].removesuffix(".parametrizations")
-            for parameter in module._parameters.values():
-                if parameter is not None and not is_lazy(parameter) and parameter.numel():
-                    place = (str(parameter.device), *_extent(parameter))
-                    self._of[id(parameter)] = place
-                    self._extents.append((*place, owner))
-
-    def partners(self, parameter: nn.Parameter, name: str) -> list[str]:
-        """The names of the other modules that hold (part of) this parameter of the layer `name`; no parents of it."""
-        device, start, end = self._of.get(id(parameter), ("", 0, 0))
-        owners = dict.fromkeys(o for d, s, e, o in self._extents if d == device and s < end and start < e)
-        return [o for o in owners if o != name and o and not name.startswith(f"{o}.")]
-
-    @property
-    def sharers(self) -> set[str]:
-        """The names of all modules that share a parameter with another one."""
-        found: set[str] = set()
-        last: tuple[str, int, int, str] | None = None
-        for extent in sorted(self._extents):
-            if last is not None and extent[0] == last[0] and extent[1] < last[2]:
-                found |= {last[3], extent[3]}
-            if last is None or extent[0] != last[0] or extent[2] > last[2]:
-                last = extent
-        return found
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The first byte, and the one behind the last."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside of what `torch.compile`, `DataParallel` and `DistributedDataParallel` make of it, if it can be changed.
-
-    Raises:
-        TypeError: This is no model, or none whose weights can be changed in place.
-        InitError: The model is sharded, quantised, or has no values.
-    """
-    if isinstance(model, type):
-        raise TypeError(f"model={model.__name__} is a class, wanted an instance: did you forget ()?")
-    while True:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model={model!r} (type={type(model).__name__}), wanted a torch.nn.Module.")
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif "_orig_mod" in model._modules:  # torch.compile's OptimizedModule; importing it would import its compiler
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            break
-    for name, module in model.named_modules():
-        _check_module(f"{name!r} ({type(module).__name__})" if name else f"the model ({type(module).__name__})", module)
-    return model
-
-
-def _check_module(which: str, module: nn.Module) -> None:
-    if isinstance(module, torch.jit.ScriptModule):
-        raise TypeError(
-            f"{which} is a ScriptModule, whose layers cannot be reached. Initialise first, then compile it."
-        )
-    kinds = {kind.__name__ for kind in type(module).__mro__}
-    parameters = [p for p in module._parameters.values() if p is not None]
-    if kinds & {"FullyShardedDataParallel", "FSDPModule"} or any(hasattr(p, "device_mesh") for p in parameters):
-        raise InitError(
-            f"{which} is sharded (FSDP, DTensor): no process sees a whole weight. Initialise before sharding."
-        )
-    home = type(module).__module__
-    if (home.startswith("torch") and ".quantized" in home) or any(p.is_quantized for p in parameters):
-        raise InitError(f"{which} is quantised: its weights cannot be scaled freely. Initialise before quantising.")
-    if any(p.is_meta for p in parameters):
-        raise InitError(
-            f"{which} is on the meta device: its weights have no values. Call model.to_empty(device=...) and initialise "
-            "its parameters first."
-        )

@@ -30,6 +30,8 @@ class LayerRow:
         std_after: Standard deviation, likewise.
         count: The number of values that were measured.
         calls: How often the layer was called in one forward pass.
+        signal_share: The part of the output's variance that lies between samples, from 0 to about 1; None where it cannot be
+            told (a single sample).
     """
 
     name: str
@@ -43,6 +45,7 @@ class LayerRow:
     std_after: float | None = None
     count: int = 0
     calls: int = 0
+    signal_share: float | None = None
 
     @property
     def ok(self) -> bool:
@@ -135,10 +138,12 @@ class InitReport:
         if measured_after:
             columns.append(["µ after", *(_number(row.mean_after) for row in rows)])
             columns.append(["σ after", *(_number(row.std_after) for row in rows)])
+        if measured_after and any(row.signal_share is not None for row in rows):
+            columns.append(["signal", *(_share(row.signal_share) for row in rows)])
         if any(row.status != "measured" for row in rows):
             columns.append(["status", *(f"{row.status}: {row.reason}".removesuffix(": ") for row in rows)])
         widths = [max(map(len, column)) for column in columns]
-        right = [column[0][0] in "µσ" for column in columns]
+        right = [column[0][0] in "µσ" or column[0] == "signal" for column in columns]
         return "\n".join(
             "  ".join(
                 cell.rjust(width) if to_right else cell.ljust(width)
@@ -152,26 +157,49 @@ class InitReport:
 class LSUVReport(InitReport):
     """What LSUV did; `print(report)` shows mean µ and standard deviation σ of every weight layer before and after.
 
+    With `scope="channel"` µ and σ are those of the channels that are furthest off; with `where="activation"` they are taken
+    behind the activation. With several batches they are those of all batches together.
+
     Attributes:
         batch: The shapes of the inputs that the statistics were taken on.
+        batches: The number of batches.
+        strategy: How the batches were gone through: "one batch", "lock-step" or "streaming".
+        why: Why in this way; empty for one batch.
+        verified: What is reported as "after" was measured in passes of their own, which are among `forwards`.
         unowned: Names of parameters with two or more dimensions that belong to no weight layer that LSUV knows, such as an
             embedding, or a weight that a module of your own multiplies with: they are left as they are.
+        warnings: What you should know although all has gone well; a line each.
     """
 
     batch: str = ""
+    batches: int = 1
+    strategy: str = "one batch"
+    why: str = ""
+    verified: bool = False
     unowned: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def signal_share(self) -> float | None:
+        """The signal share of the last layer that was normalised: what of its variance tells samples apart."""
+        shares = [row.signal_share for row in self.rows if row.status in FINE and row.signal_share is not None]
+        return shares[-1] if shares else None
 
     def summary(self) -> str:
-        """How many layers of each status, forward passes, seconds; what "before" means; and a line for other parameters."""
-        before = "\nbefore: as each layer was met, behind those that were normalised already"
-        others = f"\nleft as they are, in no layer that LSUV knows: {', '.join(self.unowned)}" if self.unowned else ""
-        return f"{super().summary()}, batch {self.batch}{before}{others}"
+        """How many layers of each status, forward passes, seconds; what "before" means; and a line for all else."""
+        lines = [f"{super().summary()}, batch {self.batch}"]
+        if self.batches > 1:
+            lines.append(f"{self.batches} batches as one, in {self.strategy}: {self.why}")
+        lines.append("before: as each layer was met, behind those that were normalised already")
+        if self.unowned:
+            lines.append(f"left as they are, in no layer that LSUV knows: {', '.join(self.unowned)}")
+        lines += [f"warning: {warning}" for warning in self.warnings]
+        return "\n".join(lines)
 
     def _passes(self) -> str:
-        verified = any(row.std_after is not None for row in self.rows)
-        return _count(self.forwards - verified, "forward pass", "forward passes") + (
-            " and 1 to verify" if verified else ""
-        )
+        extra = self.batches if self.verified else 0
+        passes = _count(self.forwards - extra, "forward pass", "forward passes")
+        return f"{passes} and {extra} to verify" if extra else passes
 
 
 def _count(n: int, one: str, many: str = "") -> str:
@@ -182,3 +210,9 @@ def _number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.1e}" if value and not 1e-3 <= abs(value) < 1e4 else f"{value:.3f}"
+
+
+def _share(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1%}" if value >= 1e-3 else f"{value:.0e}"

@@ -33,6 +33,7 @@ class InitStage(Protocol):
             model: What is changed, in place.
             batches: The model's inputs, batch by batch, on the model's device: a tuple holds several positional
                 arguments, anything else is a single one. Each iteration begins anew, and none moves the training stream.
+                A stage that takes long may show a bar if they have an attribute `progress` that is True.
 
         Returns:
             What was done, layer by layer; or None.

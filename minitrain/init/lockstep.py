@@ -1,0 +1,141 @@
+"""`LockStep`: the forward passes of all batches advance together, and wait for one another at each layer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from minitrain.init.calls import Forgotten
+from minitrain.init.channels import channels_of
+from minitrain.init.forward import thread_at_rest
+from minitrain.init.inputs import ModelInputs
+from minitrain.init.meeting import Held, Noted, is_silent
+from minitrain.init.memory import LiveBytes
+from minitrain.init.strands import Strand
+from minitrain.init.sweep import Norms, Stop, Sweep, activation_of, is_empty
+from minitrain.init.watch import NormUse, Use
+
+
+class OutOfStep(Exception):  # noqa: N818 - a signal
+    """Lock-step cannot go on; the message says why."""
+
+
+class LockStep(Sweep):
+    """The forward passes of all batches advance together."""
+
+    name = "lock-step"
+
+    def _meet_all(self) -> None:
+        with self.forward.state_kept() as restore:
+            strands = [Strand(self._body(inputs)) for inputs in self.batches]
+            try:
+                stops = []
+                for strand in strands:
+                    restore()
+                    stops.append(strand.advance())
+                while any(stop is not None for stop in stops):
+                    if len({None if stop is None else stop.key for stop in stops}) > 1:
+                        raise OutOfStep("the batches do not go through the layers in the same order")
+                    values = self._settle(stops)
+                    stops.clear()
+                    for i, strand in enumerate(strands):
+                        value, values[i] = values[i], None
+                        stops.append(strand.advance(value))
+                        value = None
+            finally:
+                _abandon_all(strands)
+
+    def _body(self, inputs: ModelInputs) -> Callable[[Strand], None]:
+        def body(strand: Strand) -> None:
+            counts: Counter[str] = Counter()
+
+            def visit(use: Use) -> Any:
+                if is_empty(use):
+                    return None
+                counts[use.layer.name] += 1
+                if self.is_settled(use):
+                    return None
+                sample = self.probe(use) if use.note is None else use.note.sample
+                return strand.pause(Stop((use.layer.name, -1), use, sample))
+
+            def visit_norm(use: NormUse) -> None:
+                key = use.name, use.nth
+                if key not in self.norms.known:
+                    strand.pause(Stop(key, channels=channels_of(use.input, 1)))
+                self.norms.apply(use)
+
+            with thread_at_rest(self.forward.model):
+                self.watch.run(self.forward.run, inputs, visit, visit_norm, self._note)
+            self.complete(counts)
+
+        return body
+
+    def _note(self, use: Use) -> Noted | None:
+        if self.is_settled(use) or is_empty(use):
+            return None
+        return Noted(self.probe(use), is_silent(use))
+
+    def _settle(self, stops: list[Any]) -> list[Any]:
+        """All are at the same place: what each of them goes on with."""
+        first = stops[0]
+        if first.channels is not None:
+            total = first.channels
+            for stop in stops[1:]:
+                total = total.merge(stop.channels)
+            self.norms.learn(first.key, total)
+            return [None] * len(stops)
+        if len({activation_of(stop.use) for stop in stops}) > 1:
+            raise OutOfStep(f"what uses the output of layer {first.use.layer.name!r} first differs from batch to batch")
+        if any(stop.sample is None for stop in stops):
+            self.normalizer.settle_unmeasurable(first.use.layer, first.use.output)
+            return [None] * len(stops)
+        meeting = Held([stop.use for stop in stops], [stop.sample for stop in stops], self.probe)
+        try:
+            self.normalizer.settle(meeting)
+        except Forgotten as layer:
+            raise OutOfStep(f"layer {str(layer)!r} has to be run again") from None
+        return list(meeting.outputs)
+
+
+def _abandon_all(strands: list[Strand]) -> None:
+    interrupted: KeyboardInterrupt | None = None
+    for strand in strands:
+        try:
+            strand.abandon()
+        except KeyboardInterrupt as error:  # the others must be ended, too
+            interrupted = error
+    if interrupted is not None:
+        raise interrupted
+
+
+def lock_step_bytes(sweep: Sweep) -> int:
+    """How much memory lock-step would take: a pass over the first batch, in which the tensors that live are counted.
+
+    It is an estimate: batches are taken to need memory in proportion to their size.
+    """
+    batches, most = sweep.batches, 0
+
+    def visit(use: Use) -> None:
+        nonlocal most
+        again = isinstance(use.output, Tensor) and (use.layer.name not in sweep.watch.affine or use.behind is not None)
+        most = max(most, live.now + (2 * use.output.nbytes if again else 0))
+
+    def visit_norm(use: NormUse) -> None:
+        nonlocal most
+        most = max(most, live.now)
+        if (use.name, use.nth) not in probing.known:
+            probing.learn((use.name, use.nth), channels_of(use.input, 1))
+        probing.apply(use)
+
+    inputs, probing = batches.first, Norms()
+    live = LiveBytes()
+    model = sweep.forward.model
+    live.ignore([*model.parameters(), *model.buffers(), *inputs.tensors])
+    with sweep.watch.attached(), sweep.forward.state_kept(), live:
+        sweep.watch.run(sweep.forward.run, inputs, visit, visit_norm, note=lambda use: Noted(None, False))
+    sweep.tick()
+    size = max(1, batches.nbytes[0])
+    return int(most * sum(batches.nbytes) / size + live.peak * max(batches.nbytes) / size) + batches.kept_bytes
