@@ -47,6 +47,8 @@ class Call:
     @property
     def inputs(self) -> list[Tensor]:
         """The floating-point tensors that it got, parameters not among them."""
+        if len(self.args) == 1 and type(self.args[0]) is Tensor and not self.kwargs:  # as most are
+            return [self.args[0]] if self.args[0].is_floating_point() else []
         leaves = tree_leaves((self.args, dict(self.kwargs)))
         return [
             t for t in leaves if isinstance(t, Tensor) and t.is_floating_point() and not isinstance(t, nn.Parameter)

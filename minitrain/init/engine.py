@@ -53,7 +53,7 @@ class Engine:
         self._forward = Forward(model, options.forward)
         channels = options.scope == "channel"
         self._probe, self._exact_probe = Probe(channels), Probe(channels, exact=True)
-        self._why = ""
+        self._why, self._verify_seconds = "", 0.0
 
     def run(self) -> LSUVReport:
         """Normalise, verify, report."""
@@ -68,7 +68,7 @@ class Engine:
                 self._watch = Watch(model, self._layers, norms, behind=options.where == "activation")
                 sweep, normalizer, found = self._normalize()
                 if found is None and options.verify:
-                    found = sweep.measure(self._exact_probe)
+                    found = self._measure(sweep)
                 if found is not None:
                     normalizer.verify(found)
                 for name, (weight, value) in undo.items():
@@ -125,7 +125,7 @@ class Engine:
             except OutOfStep as why:
                 self._why = str(why)
                 sweep = self._stream(normalizer, sweep.norms)
-            found = sweep.measure(self._exact_probe)
+            found = self._measure(sweep)
             off = normalizer.off(found)
             if not off:
                 return sweep, normalizer, found
@@ -141,6 +141,12 @@ class Engine:
         self._bar.total = self._bar.done + len(self._batches) * (len(self._chosen) - len(normalizer.rows) + 2)
         sweep.normalize()
         return sweep
+
+    def _measure(self, sweep: Sweep) -> dict[str, list[Sample]]:
+        start = time.perf_counter()
+        found = sweep.measure(self._exact_probe)
+        self._verify_seconds += time.perf_counter() - start
+        return found
 
     def _choose(self, normalizer: Normalizer) -> bool:
         """Whether to go in lock-step."""
@@ -169,6 +175,7 @@ class Engine:
             strategy=sweep.name,
             why=self._why,
             verified=verified,
+            verify_seconds=self._verify_seconds,
             unowned=unowned_parameters(self._model, used),
         )
         unit = [row for row in rows if row.status in UNIT and row.signal_share is not None]

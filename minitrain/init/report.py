@@ -166,6 +166,7 @@ class LSUVReport(InitReport):
         strategy: How the batches were gone through: "one batch", "lock-step" or "streaming".
         why: Why in this way; empty for one batch.
         verified: What is reported as "after" was measured in passes of their own, which are among `forwards`.
+        verify_seconds: How much of `seconds` these took.
         unowned: Names of parameters with two or more dimensions that belong to no weight layer that LSUV knows, such as an
             embedding, or a weight that a module of your own multiplies with: they are left as they are.
         warnings: What you should know although all has gone well; a line each.
@@ -176,6 +177,7 @@ class LSUVReport(InitReport):
     strategy: str = "one batch"
     why: str = ""
     verified: bool = False
+    verify_seconds: float = 0.0
     unowned: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 

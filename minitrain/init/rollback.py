@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-
-_EMPTY: dict[str, Any] = {}
 
 
 class Rollback:
@@ -23,11 +20,10 @@ class Rollback:
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         self._modules = [(module, type(module), dict(vars(module))) for module in modules]
-        # torch's own tables (parameters, buffers, modules, hooks): plain dicts, of which handles hold on to the object
-        # (most are empty, and one for all of those keeps the garbage collector out of this)
-        self._tables = [
-            (d, d.copy() if d else _EMPTY) for m in modules for name, d in vars(m).items() if _is_table(name, d)
-        ]
+        # torch's own tables (parameters, buffers, modules, hooks): plain dicts, of which handles hold on to the object. Most
+        # are empty: a list of those, since thousands of new objects would set off the garbage collector.
+        tables = [d for m in modules for name, d in vars(m).items() if _is_table(name, d)]
+        self._tables, self._empty = [(d, d.copy()) for d in tables if d], [d for d in tables if not d]
         tensors = {id(t): t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None}
         self._lazy: list[tuple[Tensor, type]] = [(t, type(t)) for t in tensors.values() if is_lazy(t)]
         self._tensors = [(t, t.detach(), t.detach().clone()) for t in tensors.values() if not is_lazy(t)]
@@ -54,6 +50,8 @@ class Rollback:
         for table, items in self._tables:  # refilled, not replaced
             table.clear()
             table.update(items)
+        for table in self._empty:
+            table.clear()
 
 
 @contextmanager
