@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_CHUNK = 2**17  # elements that are worked on at a time: few enough to stay in the cache, in float64 too
+_CHUNK = 2**17  # elements that are worked on at a time: few enough to stay in the cache
+_WIDE = 2**20  # in float64: fewer pieces, since each one has all threads wait for one another
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def moments(x: Tensor) -> Moments:
     flat = _values(x)
     if not flat.numel():
         return Moments()
-    chunks = torch.split(flat, _CHUNK)
+    chunks = torch.split(flat, _WIDE)
     rows = []
     for chunk in chunks:
         wide = (chunk.cpu() if chunk.device.type == "mps" else chunk).double()  # MPS has no float64

@@ -158,9 +158,10 @@ class Engine:
             self._why = f"there are more than {MAX_STRANDS} batches"
             return False
         need = lock_step_bytes(self._sweep(LockStep, normalizer))
-        fits = need <= options.max_memory
         self._why = f"lock-step takes about {_mib(need)}, max_memory is {_mib(options.max_memory)}"
-        return fits
+        if need + self._batches.kept_bytes > options.max_memory >= need:
+            self._batches.let_go()
+        return need <= options.max_memory
 
     def _report(self, sweep: Sweep, normalizer: Normalizer, verified: bool, seconds: float) -> LSUVReport:
         rows = tuple(normalizer.rows.values())

@@ -88,14 +88,17 @@ class Forward:
             self.run(inputs)
 
     def run(self, inputs: ModelInputs) -> None:
-        """Run the model once; the caller keeps its state."""
-        fresh = inputs.fresh()
+        """Run the model once on a copy; the caller keeps its state."""
+        self.run_on(inputs.fresh())
+
+    def run_on(self, inputs: ModelInputs) -> None:
+        """Run the model once on these very tensors, which it may write to; the caller keeps its state."""
         self.count += 1
         try:
             if self._function is None:
-                self.model(*fresh.args, **fresh.kwargs)
+                self.model(*inputs.args, **inputs.kwargs)
             else:
-                self._function(self.model, *fresh.args, **fresh.kwargs)
+                self._function(self.model, *inputs.args, **inputs.kwargs)
         except Exception as error:
             error.add_note(f"in a forward pass of the initialisation, over a batch of shape {inputs}")
             raise

@@ -155,6 +155,11 @@ class Batches:
                 "larger max_memory, with which the batches are drawn once."
             )
 
+    def let_go(self) -> None:
+        """Keep none of them: they are drawn again each time."""
+        if self.kept_bytes:
+            self._kept, self.kept_bytes = None, 0
+
     @property
     def first(self) -> ModelInputs:
         """The first batch."""
