@@ -136,19 +136,28 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 def preserve_attributes(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Put the plain attributes of modules back on exit: counters, caches, hidden states that a forward pass keeps.
 
-    A module that has got another parameter, buffer or module meanwhile is let alone: it builds itself on its first call, and
-    its attributes say that it has.
+    Let alone is what a hook computes from a parameter `<name>_g` or `<name>_orig`, as the older weight norm does. Likewise a
+    module that has got another parameter, buffer or module meanwhile: it builds itself on its first call, and its attributes
+    say that it has.
     """
-    saved = [(module, dict(vars(module)), _contents(module)) for module in modules]
+    saved = [(module, _plain(module), _contents(module)) for module in modules]
     try:
         yield
     finally:
         for module, before, contents in saved:
-            now = vars(module)
             if _contents(module) == contents:
-                for name in [name for name in now if name not in before]:
-                    del now[name]
-                now.update(before)
+                for name in [name for name in _plain(module) if name not in before]:
+                    del vars(module)[name]
+                vars(module).update(before)
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    attributes = dict(vars(module))
+    for name in module._parameters if module._forward_pre_hooks else ():
+        for suffix in ("_g", "_orig"):
+            if name.endswith(suffix):
+                attributes.pop(name.removesuffix(suffix), None)
+    return attributes
 
 
 def _contents(module: nn.Module) -> tuple[int, ...]:

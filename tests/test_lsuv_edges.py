@@ -410,3 +410,107 @@ def test_the_report_says_what_before_means_how_many_passes_and_what_else_there_i
 def test_the_plot_of_a_report_can_be_saved(tmp_path):
     lsuv_(nn.Linear(4, 2), torch.randn(8, 4)).plot(save=tmp_path / "depth.png")
     assert (tmp_path / "depth.png").read_bytes().startswith(b"\x89PNG")
+
+
+# -- rows of the table of hard cases that are tested nowhere else -----------------------------------------------------
+
+
+def test_a_model_wrapped_for_distributed_training_is_unwrapped():
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(32, 8)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        where = [(id(p), p.data_ptr()) for p in wrapped.parameters()]
+        for data, options in ((x, {}), ([(x[:16], 0), (x[16:], 0)], {"batches": "all"})):
+            report = lsuv_(wrapped, data, **options)
+            assert [(row.name, row.status) for row in report] == [("0", "normalized"), ("2", "normalized")]
+        assert [(id(p), p.data_ptr()) for p in wrapped.parameters()] == where
+        mean, std = in_float64(model, x)
+        assert abs(mean) < 1e-6
+        assert abs(std - 1) < 1e-6
+        wrapped(x).sum().backward()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_recurrent_weights_are_listed_as_unhandled_and_left_alone(cell):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.front, self.cell, self.head = nn.Linear(4, 6), cell(6, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            y = self.cell(self.front(x))
+            while isinstance(y, tuple):
+                y = y[0]
+            return self.head(y)
+
+    model = Net()
+    before = copy.deepcopy(model.cell.state_dict())
+    report = lsuv_(model, torch.randn(32, 4) if "Cell" in cell.__name__ else torch.randn(5, 32, 4))
+    assert {row.name: row.status for row in report} == {
+        "front": "normalized",
+        "head": "normalized",
+        "cell": "unhandled",
+    }
+    assert "recurrent" in report["cell"].reason
+    assert all(torch.equal(value, before[name]) for name, value in model.cell.state_dict().items())
+
+
+LAZY = {
+    nn.LazyLinear: (6, (8, 5)),
+    nn.LazyConv1d: (6, (8, 4, 9)),
+    nn.LazyConv2d: (6, (8, 4, 5, 5)),
+    nn.LazyConv3d: (6, (4, 4, 4, 4, 4)),
+    nn.LazyConvTranspose1d: (6, (8, 4, 9)),
+    nn.LazyConvTranspose2d: (6, (8, 4, 5, 5)),
+    nn.LazyConvTranspose3d: (6, (4, 4, 3, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", LAZY)
+def test_every_lazy_form_is_shaped_and_exact(kind):
+    out, shape = LAZY[kind]
+    layer, x = kind(*((out,) if kind is nn.LazyLinear else (out, 2))), torch.randn(shape) + 1
+    (row,) = lsuv_(Wrapped(layer), x)
+    assert row.status == "normalized"
+    mean, std = in_float64(layer, x)
+    assert abs(mean) < 1e-6
+    assert abs(std - 1) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_parts_are_exact_over_several_batches(reentrant):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Sequential(nn.Linear(8, 16), nn.ReLU(inplace=True), nn.Linear(16, 8)), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.b(torch.utils.checkpoint.checkpoint(self.a, x, use_reentrant=reentrant))
+
+    for strategy in ("lock-step", "streaming"):
+        model, x = Net(), torch.randn(32, 8)
+        report = lsuv_(model, [(part, 0) for part in x.chunk(4)], batches="all", strategy=strategy)
+        assert [row.status for row in report] == ["normalized"] * 3
+        mean, std = in_float64(model.b, model.a(x))
+        assert abs(mean) < 1e-5
+        assert abs(std - 1) < 1e-5
+
+
+def test_a_parameter_beside_a_weight_that_is_known_is_listed_too():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.other = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 4))
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(x @ self.weight @ self.other)
+
+    report = lsuv_(Both(), torch.randn(16, 4))
+    assert {row.name: row.status for row in report} == {"layer": "normalized", "": "unhandled"}
+    assert report.unowned == ("other",)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -47,3 +49,10 @@ ALIASES = frozenset(
     if (function := getattr(home, name, None)) is not None
 )
 """What shows all values of a tensor in another shape, mostly without copying them."""
+
+_VIEWS = frozenset(getattr(Tensor, name) for name in ["T", "mT", "H", "mH", "data", "real", "imag"])
+
+
+def is_question(function: Any) -> bool:
+    """Reading a property, such as the shape, that shows none of the values."""
+    return getattr(function, "__name__", "") == "__get__" and getattr(function, "__self__", None) not in _VIEWS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from minitrain.preserve import RandomState
 
 
-class Forgotten(Exception):  # noqa: N818 - a signal
-    """A layer has to be called again, but its inputs were let go."""
+class OutOfStep(BaseException):
+    """The passes cannot go on as they are held: the message says why. Not an Exception: a model may catch those."""
 
 
 class Call:
@@ -39,6 +40,9 @@ class Call:
         self.function, self.args, self.kwargs, self._pick = function, args, kwargs, pick
         self._kept = (*_copied(args, kwargs), RandomState()) if keep else None
         self.forgotten = False
+        self._autocast = [
+            (kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)
+        ]
 
     def forget(self) -> None:
         """Let go of the arguments, which take memory."""
@@ -75,7 +79,10 @@ class Call:
             args, kwargs = _copied(*self._kept[:2])
             self._kept[2].restore()
         args, kwargs = tree_map_only(Tensor, convert, (args, dict(kwargs)))
-        output = function(*args, **kwargs)
+        with ExitStack() as stack:
+            for kind, dtype in self._autocast:  # the model may have left it by now
+                stack.enter_context(torch.autocast(kind, dtype))
+            output = function(*args, **kwargs)
         return output if self._pick is None else self._pick(output)
 
 

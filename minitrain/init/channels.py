@@ -114,6 +114,7 @@ class ChannelBench:
             return False
         wide = torch.float32 if self._weight.device.type == "mps" else torch.float64
         self._weight.copy_(self._weight0.to(wide) * factors.to(wide))
+        torch.clear_autocast_cache()  # as for `Bench`
         if self._bias is not None and self._bias0 is not None:
             device = self._bias.device
             self._bias.copy_(self._bias0.to(wide) * scale.to(device, wide) + shift.to(device, wide))

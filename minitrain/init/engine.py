@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from minitrain.bars import Bar
 from minitrain.errors import InitError
+from minitrain.init.calls import OutOfStep
 from minitrain.init.forward import Forward, at_rest, has_lazy
 from minitrain.init.inputs import Batches
 from minitrain.init.layers import Layer, choose, find_layers, unowned_parameters
-from minitrain.init.lockstep import LockStep, OutOfStep, lock_step_bytes
+from minitrain.init.lockstep import LockStep, lock_step_bytes
 from minitrain.init.meeting import Probe
 from minitrain.init.normalizer import UNIT, Normalizer, Wanted
 from minitrain.init.orthogonal import make_orthonormal
@@ -59,21 +60,19 @@ class Engine:
         """Normalise, verify, report."""
         start, options, model = time.perf_counter(), self._options, self._model
         training_norms = options.mode == "batch"
-        with rolled_back_on_error(model), _random_state_kept_on_error():
-            undo = self._make_orthonormal() if options.orthonormal else {}
+        with rolled_back_on_error(model), _random_state_kept_on_error(), self._bar:
+            before = self._make_orthonormal() if options.orthonormal else {}
             with at_rest(model, training_norms):
                 self._find_layers()
                 self._wanted = self._what_is_wanted()
                 norms = batch_norms(model, training_norms) if training_norms or len(self._batches) > 1 else {}
                 self._watch = Watch(model, self._layers, norms, behind=options.where == "activation")
                 sweep, normalizer, found = self._normalize()
+                _put_back_unmet(before, normalizer.rows)
                 if found is None and options.verify:
                     found = self._measure(sweep)
                 if found is not None:
                     normalizer.verify(found)
-                for name, (weight, value) in undo.items():
-                    if name not in normalizer.rows or normalizer.rows[name].status not in UNIT:
-                        weight.copy_(value)  # it was not met, say
             return self._report(sweep, normalizer, found is not None, time.perf_counter() - start)
 
     def _what_is_wanted(self) -> Wanted:
@@ -114,7 +113,11 @@ class Engine:
         normalizer, n = self._normalizer(), len(self._batches)
         if n == 1:
             sweep = self._sweep(Together, normalizer)
-            sweep.normalize()
+            try:
+                sweep.normalize()
+            except OutOfStep as why:  # an output that cannot be written to, say
+                self._why = str(why)
+                sweep = self._stream(normalizer, sweep.norms)
             return sweep, normalizer, None
         if self._choose(normalizer):
             rollback = Rollback(self._model)
@@ -228,6 +231,15 @@ def _measured(layer: Layer, samples: list[Sample]) -> LayerRow:
     if layer.problem:
         return replace(row, status="unhandled", reason=layer.problem)
     return replace(row, status="unreached", reason="never called in this forward pass")
+
+
+def _put_back_unmet(before: dict[str, tuple[Tensor, Tensor]], rows: dict[str, LayerRow]) -> None:
+    """A layer that was never called keeps the weight that it had, unless that is also the weight of one that was."""
+    met = {before[name][0].data_ptr() for name in before if name in rows and rows[name].calls}
+    for name, (weight, value) in before.items():
+        shared = any(row.status == "tied" for row in rows.values())
+        if not (name in rows and rows[name].calls) and weight.data_ptr() not in met and not shared:
+            weight.copy_(value)
 
 
 def _checked(target_std: Callable[[str], float]) -> Callable[[str], float]:

@@ -75,8 +75,7 @@ class Forward:
     def __init__(self, model: nn.Module, function: Callable[..., Any] | None = None) -> None:
         self.model, self._function = model, function
         self.count = 0
-        # A module with hooks in front may have attributes that they make: a weight that is computed, say.
-        self._plain = [module for module in model.modules() if not module._forward_pre_hooks]
+        self._modules = list(model.modules())
 
     def __call__(self, inputs: ModelInputs) -> None:
         """Run the model once, from the state that it is in, and put that back: buffers, attributes, random generators.
@@ -109,7 +108,7 @@ class Forward:
         buffers = Buffers(self.model)
         lazy = has_lazy(self.model)
         try:
-            with preserve_rng(), preserve_attributes([] if lazy else self._plain):  # a first pass shapes lazy modules
+            with preserve_rng(), preserve_attributes([] if lazy else self._modules):  # a first pass shapes lazy modules
                 yield buffers.restore
         finally:
             buffers.restore()

@@ -13,6 +13,9 @@ from torch.nn.parameter import is_lazy
 from minitrain.hooks import select_modules
 from minitrain.init.kinds import WEIGHT_LAYERS, Kind, kind_of
 
+_FORWARDS: dict[type[nn.Module], Any] = {
+    cls: cls.forward for cls in WEIGHT_LAYERS
+}  # as they are now: somebody may patch them
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.PReLU)
 _NO_LAYERS = (nn.Embedding, nn.EmbeddingBag, *_NORMS)  # a `weight`, but no matrix product
 
@@ -93,6 +96,8 @@ class Layer:
             and "forward" not in vars(module)
             and not module._forward_pre_hooks
             and not module._forward_hooks
+            and type(module).forward is _FORWARDS.get(type(module))
+            and not (nn.modules.module._global_forward_pre_hooks or nn.modules.module._global_forward_hooks)
         )
 
 
@@ -173,7 +178,8 @@ def _functional(name: str, module: nn.Module) -> Iterable[Layer]:
 
 def unowned_parameters(model: nn.Module, layers: Iterable[Layer]) -> tuple[str, ...]:
     """Names of the parameters of two or more dimensions that belong to none of `layers`, and to no norm."""
-    known = {module for layer in layers if not layer.latent for module in layer.module.modules()}
+    owning = [layer for layer in layers if layer.kind is not None or layer.weight is None]  # with all that is in them
+    known = {module for layer in owning for module in layer.module.modules()}
     used = {id(layer.weight.parameter) for layer in layers if layer.weight is not None}
     return tuple(
         f"{name}.{key}" if name else key
@@ -201,9 +207,9 @@ def _selected(model: nn.Module, layers: list[Layer], select: Any, argument: str)
         own = {layer.name for layer in layers if isinstance(part, str) and fnmatchcase(layer.name, part)}
         try:
             modules = set(select_modules(model, part).values())
-        except ValueError:
+        except ValueError as error:
             if not own:  # attention's "q", say, is a layer and no module
-                raise
+                raise ValueError(str(error).replace("select=", f"{argument}=", 1)) from None
             modules = set()
         names |= own | {layer.name for layer in layers if layer.module in modules or layer.parent in modules}
     if not names:

@@ -6,25 +6,20 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from minitrain.init.calls import Forgotten
+from minitrain.init.calls import OutOfStep
 from minitrain.init.channels import channels_of
 from minitrain.init.forward import thread_at_rest
 from minitrain.init.inputs import ModelInputs
 from minitrain.init.meeting import Held, Noted, is_silent
 from minitrain.init.memory import LiveBytes, give_back_freed_memory
-from minitrain.init.strands import Strand
+from minitrain.init.strands import Strand, abandon
 from minitrain.init.sweep import Norms, Stop, Sweep, activation_of, is_empty
 from minitrain.init.watch import NormUse, Use
 
-
 STRAND_BYTES = 8 * 2**20
 """What each thread holds for itself, such as the scratch memory of convolutions (measured: 6 MiB)."""
-
-
-class OutOfStep(Exception):  # noqa: N818 - a signal
-    """Lock-step cannot go on; the message says why."""
 
 
 class LockStep(Sweep):
@@ -34,12 +29,14 @@ class LockStep(Sweep):
 
     def _meet_all(self) -> None:
         with self.forward.state_kept() as restore:
-            strands = [Strand(self._body(inputs)) for inputs in self.batches]
+            strands: list[Strand] = []
+            before = [(module, dict(vars(module))) for module in self.forward.model.modules()]
             try:
                 stops = []
-                for strand in strands:
+                for inputs in self.batches:  # each is copied before the next one is drawn
+                    strands.append(Strand(self._body(inputs)))
                     restore()
-                    stops.append(strand.advance())
+                    stops.append(strands[-1].advance())
                 while any(stop is not None for stop in stops):
                     if len({None if stop is None else stop.key for stop in stops}) > 1:
                         raise OutOfStep("the batches do not go through the layers in the same order")
@@ -50,8 +47,12 @@ class LockStep(Sweep):
                         value, values[i] = values[i], None
                         stops.append(strand.advance(value))
                         value = None
+            except Exception as error:
+                if any(_keeps(module, attributes) for module, attributes in before):
+                    raise OutOfStep(f"a module keeps tensors on itself ({type(error).__name__}: {error})") from error
+                raise
             finally:
-                _abandon_all(strands)
+                abandon(strands)
 
     def _body(self, inputs: ModelInputs) -> Callable[[Strand], None]:
         originals = [inputs]
@@ -102,22 +103,13 @@ class LockStep(Sweep):
             self.normalizer.settle_unmeasurable(first.use.layer, first.use.output)
             return [None] * len(stops)
         meeting = Held([stop.use for stop in stops], [stop.sample for stop in stops], self.probe)
-        try:
-            self.normalizer.settle(meeting)
-        except Forgotten as layer:
-            raise OutOfStep(f"layer {str(layer)!r} has to be run again") from None
+        self.normalizer.settle(meeting)
         return list(meeting.outputs)
 
 
-def _abandon_all(strands: list[Strand]) -> None:
-    interrupted: KeyboardInterrupt | None = None
-    for strand in strands:
-        try:
-            strand.abandon()
-        except KeyboardInterrupt as error:  # the others must be ended, too
-            interrupted = error
-    if interrupted is not None:
-        raise interrupted
+def _keeps(module: nn.Module, before: dict[str, Any]) -> bool:
+    """The module has taken a tensor: another batch may have found it there."""
+    return any(isinstance(value, Tensor) and before.get(name) is not value for name, value in vars(module).items())
 
 
 def lock_step_bytes(sweep: Sweep) -> int:

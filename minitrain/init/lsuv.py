@@ -71,7 +71,7 @@ class LSUV:
         max_memory: How many bytes lock-step may hold. Of streaming it bounds the batches that are kept for the next sweep (to
             a quarter); what exceeds it is drawn from the loader again.
         orthonormal: First replace each weight by an orthonormal matrix, as the paper does. Weights that are frozen or all zeros
-            stay, and so do those of layers that are not normalised in the end.
+            stay, and so do those of layers that are never called.
         center: Bring the mean to 0, too. False is the paper's form: the standard deviation only.
         scope: "layer": one mean and standard deviation over the whole output. "channel": one for each channel. That keeps the
             signal in deep plain nets, and makes their gradients explode.
@@ -182,11 +182,10 @@ class LSUV:
             source, held, what = *from_data(self.data, self.inputs), "data"
         else:
             source, held, what = from_stage(batches, wanted), isinstance(batches, list), "batches"
-        budget = int(self.max_memory) // 4
+        budget = int(min(self.max_memory, 2**62)) // 4
         found = Batches(source, wanted, _device(model), budget=budget, held=held, what=what)
         shown = self.verbose or bool(getattr(batches, "progress", False))
-        with Bar("LSUV", shown) as bar:
-            return Engine(self, model, found, bar).run()
+        return Engine(self, model, found, Bar("LSUV", shown)).run()
 
 
 _CHOICES = {

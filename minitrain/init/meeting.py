@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minitrain.errors import InitError
-from minitrain.init.calls import Forgotten
+from minitrain.init.calls import OutOfStep
 from minitrain.init.channels import channel_dim, channels_of, over_output
 from minitrain.init.sample import Sample, look, merged, moments_of
 from minitrain.init.watch import Use
@@ -76,7 +76,7 @@ class Meeting(ABC):
     silent: bool
 
     def check_repeatable(self) -> None:  # noqa: B027 - most can be
-        """Raise `Forgotten` unless the layer can be called again: before anything of it is changed."""
+        """Raise `OutOfStep` unless the layer can be called again: before anything of it is changed."""
 
     @abstractmethod
     def remeasure(self, factor: float | None = None) -> Sample:
@@ -128,7 +128,7 @@ class Held(Meeting):
     def check_repeatable(self) -> None:
         """The inputs are still there."""
         if any(use.call.forgotten for use in self._uses):
-            raise Forgotten(self.use.layer.name)
+            raise OutOfStep(f"layer {self.use.layer.name!r} has to be run again")
 
     def remeasure(self, factor: float | None = None) -> Sample:
         """Run the layer again on each of its inputs, or take its word."""
@@ -180,6 +180,9 @@ def is_measurable(output: object) -> bool:
         and not output.is_nested
         and output.is_floating_point()
         and output.numel() > 0
+        and not torch._C._functorch.is_functorch_wrapped_tensor(
+            output
+        )  # within vmap or grad there are no values to read
     )
 
 

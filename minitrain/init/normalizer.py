@@ -133,6 +133,8 @@ class Normalizer:
                 row = replace(row, reason=f"{row.reason}; worst later call mean={mean:.3g}, std={std:.3g}")
             self.rows[layer.name] = row
             self._refuse(row)
+        # In order of execution: in lock-step they were met in the order in which their outputs were used.
+        self.rows = {name: self.rows[name] for name in dict.fromkeys((*found, *self.rows)) if name in self.rows}
 
     def off(self, found: dict[str, list[Sample]]) -> str:
         """The name of a layer that was normalised and is off by more than rounding in these samples; empty if none is."""
@@ -203,7 +205,7 @@ class Normalizer:
         if layer.name not in self._chosen:
             return _left_out()
         if part is None or not part.parameter.is_floating_point():
-            return _Verdict("unscalable", "its weight is no floating-point parameter")
+            return _Verdict("unscalable", "its weight is no floating-point parameter, or not in this call")
         weight = part.tensor
         if not (part.parameter.requires_grad or self._wanted.include_frozen):
             return _Verdict("frozen", "its weight does not require a gradient", excused=True)
@@ -386,9 +388,9 @@ class Normalizer:
             and 1e-30 < stats.std < 1e30
         ):
             return False
-        if channels is not None and alive is not None:  # a bias that stays adds nothing to a channel's spread
-            return bool((channels.mean.abs() < 100 * channels.std)[alive].all())
         fixed = bias is None and meeting.use.has_bias and not self._is_zero_bias(meeting)
+        if channels is not None and alive is not None:
+            return not fixed and bool((channels.mean.abs() < 100 * channels.std)[alive].all())
         return abs(stats.mean) < 100 * stats.std and not fixed
 
     @staticmethod

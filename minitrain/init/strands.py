@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import contextvars
+import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
+
+from minitrain.init.calls import OutOfStep
+
+STILL = 3 if hasattr(time, "pthread_getcpuclockid") else 60
+"""Seconds without any progress after which a strand is taken to stand still."""
 
 
 class _Abandoned(BaseException):
@@ -52,7 +59,7 @@ class Strand:
         else:
             self._started = True
             self._thread.start()
-        self._owners.acquire()
+        self._wait()
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -61,6 +68,8 @@ class Strand:
 
     def pause(self, stop: Any) -> Any:
         """Called by the body: wait here. Returns what `advance` is called with next."""
+        if self._abandoned:
+            raise _Abandoned
         self._stop = stop
         del stop  # it is large, and this frame lives on
         self._owners.release()
@@ -70,20 +79,29 @@ class Strand:
         value, self._value = self._value, None
         return value
 
-    def abandon(self) -> None:
-        """End it, wherever it stands, and wait until it has ended, Ctrl-C notwithstanding."""
-        if not self._started:
-            return
-        self._abandoned = True
-        interrupted: KeyboardInterrupt | None = None
-        while self._thread.is_alive():
-            self._mine.release()  # more often than needed does no harm: it pauses no more
-            try:
-                self._thread.join(0.1)
-            except KeyboardInterrupt as error:
-                interrupted = error
-        if interrupted is not None:
-            raise interrupted
+    def _wait(self) -> None:
+        """Until the body pauses or ends.
+
+        Raises:
+            OutOfStep: It stands still, most likely for a lock that another strand holds.
+        """
+        before: tuple[Any, ...] | None = None
+        patience = STILL
+        while not self._owners.acquire(timeout=1):
+            now = self._place()
+            patience = patience - 1 if now == before else STILL
+            if patience == 0:
+                raise OutOfStep("a batch stood still, most likely at a lock that the pass of another batch holds")
+            before = now
+
+    def _place(self) -> tuple[Any, ...]:
+        """Where the body is, and how much time it has been computing: a long operation is no standstill."""
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        clock = getattr(time, "pthread_getcpuclockid", None)  # Unix only
+        spent = 0.0
+        if clock is not None and self._thread.is_alive():
+            spent = round(time.clock_gettime(clock(self._thread.ident)), 2)
+        return (id(frame), frame.f_lasti if frame else None, spent)
 
     def _run(self) -> None:
         try:
@@ -114,3 +132,19 @@ class _Surroundings(ExitStack):
         for context in self._contexts:
             self.enter_context(context)
         return self
+
+
+def abandon(strands: list[Strand]) -> None:
+    """End them, wherever they stand, and wait until they have ended, Ctrl-C notwithstanding."""
+    interrupted: KeyboardInterrupt | None = None
+    for strand in strands:
+        strand._abandoned = True
+    while waiting := [strand for strand in strands if strand._thread.is_alive()]:
+        for strand in waiting:
+            strand._mine.release()  # more often than needed does no harm: it pauses no more
+        try:
+            waiting[0]._thread.join(0.1)
+        except KeyboardInterrupt as error:
+            interrupted = error
+    if interrupted is not None:
+        raise interrupted

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from minitrain.init.channels import Channels, channels_of
@@ -38,13 +37,9 @@ class Norms:
     def apply(self, use: NormUse) -> None:
         """Have the norm use them; its own are put back with all buffers, after the pass."""
         for name, value in zip(("running_mean", "running_var"), self.known[use.name, use.nth], strict=True):
-            own = use.module._buffers.get(name)
-            dtype = (
-                torch.float32
-                if own is None and use.input.dtype != torch.float64
-                else (own if own is not None else use.input).dtype
-            )
-            use.module._buffers[name] = value.to(use.input.device, dtype)
+            own, weight = use.module._buffers.get(name), use.module._parameters.get("weight")
+            like = own if own is not None else weight if weight is not None else use.input
+            use.module._buffers[name] = value.to(use.input.device, like.dtype)
 
 
 class Sweep(ABC):

@@ -7,6 +7,7 @@ mode of torch.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minitrain.errors import InitError
-from minitrain.init.activations import ACTIVATIONS, ALIASES, QUESTIONS
+from minitrain.init.activations import ACTIVATIONS, ALIASES, QUESTIONS, is_question
 from minitrain.init.attention import Projections, is_attention
-from minitrain.init.calls import Call
+from minitrain.init.calls import Call, OutOfStep
 from minitrain.init.forward import Forward
 from minitrain.init.inputs import ModelInputs
 from minitrain.init.layers import Layer, Part
@@ -176,6 +177,7 @@ class Watch:
             InitError: `visit` raised it, even where the model swallowed it.
         """
         going = Pass(self, visit, visit_norm, note)
+        modes = torch._C._len_torch_function_stack()
         self._local.current = going
         try:
             with _Uses(self, going):
@@ -183,6 +185,8 @@ class Watch:
             going.resolve_all()
         finally:
             self._local.current = None
+            while torch._C._len_torch_function_stack() > modes:  # Ctrl-C between two lines of a context
+                torch._C._pop_torch_function_stack()
         if going.error is not None:
             raise going.error
 
@@ -208,17 +212,22 @@ class Watch:
         return enter
 
     def _hooks(self, layer: Layer) -> tuple[Callable[..., None], Callable[..., Tensor | None]]:
-        keep = layer.name not in self.affine
+        affine, weight, replaced = layer.name in self.affine, layer.weight, dataclasses.replace(layer, weight=None)
+        # With an activation in mind the layer may be run again later, when its input has been written to.
+        keep = not affine or (self.behind and weight is not None and weight.parameter.itemsize < 4)
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if (going := self.current) is not None:
+                going.resolve_sharers(layer)
                 going.open[layer.name].append(Call(module, args, kwargs, keep))
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
             if (going := self.current) is None or not going.open[layer.name]:
                 return None
-            call = going.open[layer.name].pop()
-            return going.see(Use(layer, call, output, layer.bias, layer.has_bias, frozenset(going.entered)))
+            call, used = going.open[layer.name].pop(), layer
+            if affine and weight is not None and module._parameters.get("weight") is not weight.parameter:
+                used = replaced  # functional_call has put another weight in its place
+            return going.see(Use(used, call, output, layer.bias, layer.has_bias, frozenset(going.entered)))
 
         return before, after
 
@@ -260,13 +269,15 @@ class Pass:
         self._watch, self._visit, self._visit_norm, self._note = watch, visit, visit_norm, note
         self.open: defaultdict[str, list[Call]] = defaultdict(list)  # stacks: a module may call itself
         self.entered: set[str] = set()
-        self.error: InitError | None = None
+        self.error: InitError | OutOfStep | None = None
         self.pending: dict[int, tuple[Tensor, Use]] = {}  # outputs that nothing has used yet, views of them too
         self._norm_calls: defaultdict[str, int] = defaultdict(int)
 
-    def see(self, use: Use) -> Tensor | None:
-        """A layer has been used: look at its output now, or where an activation may be behind it, when that is used."""
-        waits = isinstance(use.output, Tensor) and use.layer.parent is None  # within attention there is no later
+    def see(self, use: Use, now: bool = False) -> Tensor | None:
+        """A layer has been used: look at its output now, or when that is used."""
+        waits = isinstance(use.output, Tensor) and not now
+        if id(use.output) in self.pending:  # a layer around a layer, with the same output
+            self._replace(self._take(use.output), None)
         if self._watch.behind and waits:
             self.pending[id(use.output)] = use.output, use
             return None
@@ -305,6 +316,15 @@ class Pass:
                 behind = _behind(function, args, kwargs)
             self._replace(use, behind)
 
+    def resolve_sharers(self, layer: Layer) -> None:
+        """This layer is about to be used, again or with a weight that another one has used, too."""
+        if self.pending:
+            sharers = self._watch.sharing.sharers
+            for tensor, use in list(self.pending.values()):
+                same = use.layer.owner == layer.owner or (use.layer.owner in sharers and layer.owner in sharers)
+                if same and id(tensor) in self.pending:
+                    self._replace(self._take(tensor), None)
+
     def resolve_all(self) -> None:
         """The pass is over: look at the outputs that nothing has used."""
         while self.pending:
@@ -330,9 +350,13 @@ class Pass:
     def _replace(self, use: Use, behind: Behind | None) -> None:
         """Look, and write what comes of it into the output itself: it may have been handed on."""
         output = self._look(use._replace(behind=behind))
-        if output is not None and output is not use.output:
-            with self._watch.blind(), torch.no_grad():
-                use.output.copy_(output)
+        if output is None or output is use.output:
+            return
+        own: Tensor = use.output
+        if own.requires_grad or 0 in own.stride() or (own.is_inference() and not torch.is_inference_mode_enabled()):
+            raise self._kept(OutOfStep(f"the output of layer {use.layer.name!r} cannot be written to"))
+        with self._watch.blind(), torch.no_grad():
+            own.copy_(output)
 
     def _look(self, use: Use) -> Tensor | None:
         self.entered.add(use.layer.owner)
@@ -342,6 +366,8 @@ class Pass:
             if replaced is None or not torch.is_grad_enabled():
                 return replaced
             # The model differentiates within its forward pass: it needs a graph of the new weights.
+            if use.call.forgotten:
+                raise self._kept(OutOfStep(f"the model differentiates behind layer {use.layer.name!r}"))
             again: Tensor = use.call.repeat()
             return again
 
@@ -351,9 +377,12 @@ class Pass:
         try:
             with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
                 yield
-        except InitError as error:
-            self.error = error
-            raise
+        except (InitError, OutOfStep) as error:
+            raise self._kept(error) from None
+
+    def _kept(self, error: InitError | OutOfStep) -> InitError | OutOfStep:
+        self.error = error
+        return error
 
 
 class _Uses(TorchFunctionMode):
@@ -370,7 +399,7 @@ class _Uses(TorchFunctionMode):
         going = self._pass
         if self._watch.current is not going:
             return func(*args, **kwargs)
-        if going.pending and func not in QUESTIONS and getattr(func, "__name__", "") != "__get__":
+        if going.pending and func not in QUESTIONS and not is_question(func):
             if func in ALIASES:
                 output = func(*args, **kwargs)
                 going.alias(args, output)
@@ -390,9 +419,13 @@ class _Uses(TorchFunctionMode):
     ) -> Any:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         layers = self._watch.used(given.get("weight"))
+        for layer in layers:
+            self._pass.resolve_sharers(layer)
         output = func(*args, **kwargs)
-        if len(layers) == 1 and not self._pass.open[layers[0].name]:
-            layer, bias = layers[0], given.get("bias")
+        if layers and not any(self._pass.open[layer.name] for layer in layers):
+            bias = given.get("bias")
+            own = [layer for layer in layers if layer.bias is not None and layer.bias.parameter is bias]
+            layer = (own or layers)[0]  # of those that share the weight
             use = Use(
                 layer,
                 Call(func, args, kwargs),
@@ -416,14 +449,14 @@ class _Uses(TorchFunctionMode):
                 with self._watch.blind():
                     output = call.repeat()
                 entered = frozenset(self._pass.entered)
-                self._pass.see(Use(layer, call, output, part, bias is not None, entered, batch_dim=1))
+                self._pass.see(Use(layer, call, output, part, bias is not None, entered, batch_dim=1), now=True)
         output = func(*args, **kwargs)
         for layer in self._watch.used(projections.out_weight):
             bias = projections.out_bias
             call = Call(func, args, kwargs, pick=lambda result: result[0])
             entered = frozenset(self._pass.entered)
             use = Use(layer, call, output[0], self._watch.part(bias, layer), bias is not None, entered, batch_dim=1)
-            if (replaced := self._pass.see(use)) is not None:
+            if (replaced := self._pass.see(use, now=True)) is not None:
                 output = (replaced, *output[1:])
         return output
 
