@@ -82,7 +82,8 @@ def preserve_modes(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, training in modes:
-            module.training = training
+            if module.training != training:  # to set it takes ten times as long as to look
+                module.training = training
 
 
 class Buffers:
@@ -93,11 +94,11 @@ class Buffers:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        parameters = {storage for p in model.parameters() if (storage := _storage(p))}
+        found = [(module, *item) for module in model.modules() if module._buffers for item in module._buffers.items()]
+        parameters = {storage for p in model.parameters() if (storage := _storage(p))} if found else set()
         self._saved = [
             (module, name, buffer, None if buffer is None or not _is_plain(buffer) else buffer.detach().clone())
-            for module in model.modules()
-            for name, buffer in module._buffers.items()
+            for module, name, buffer in found
             if buffer is None or not (is_lazy(buffer) or _storage(buffer) in parameters)
         ]
 

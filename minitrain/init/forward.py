@@ -45,7 +45,9 @@ def at_rest(model: nn.Module, norms_in_training: bool = False) -> Iterator[None]
         stack.enter_context(preserve_modes(model))
         stack.enter_context(preserve_grads(model))
         for module in model.modules():
-            module.training = norms_in_training and isinstance(module, nn.modules.instancenorm._InstanceNorm)
+            training = norms_in_training and isinstance(module, nn.modules.instancenorm._InstanceNorm)
+            if module.training != training:
+                module.training = training
         yield
 
 

@@ -192,7 +192,8 @@ class LSUVReport(InitReport):
         lines = [f"{super().summary()}, batch {self.batch}"]
         if self.batches > 1:
             lines.append(f"{self.batches} batches as one, in {self.strategy}: {self.why}")
-        lines.append("before: as each layer was met, behind those that were normalised already")
+        which = "before" if self.verified else "µ and σ are those before"
+        lines.append(f"{which}: as each layer was met, behind those that were normalised already")
         if self.unowned:
             lines.append(f"left as they are, in no layer that LSUV knows: {', '.join(self.unowned)}")
         lines += [f"warning: {warning}" for warning in self.warnings]

@@ -1,6 +1,6 @@
 """What LSUV costs, and how exact it is: beside a plain forward pass, beside PyPI's `lsuv`, and over the whole of MNIST.
 
-python tests/benchmarks/lsuv.py [--data DIR] [--repeat N]    # DIR holds MNIST; without it the third part is left out
+python tests/benchmarks/lsuv_cost.py [--data DIR] [--repeat N]    # DIR holds MNIST; without it the third part is left out
 python -m pip install --no-deps lsuv                         # for the second part; without it ours stands alone
 """
 
