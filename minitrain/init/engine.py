@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -60,7 +61,12 @@ class Engine:
         """Normalise, verify, report."""
         start, options, model = time.perf_counter(), self._options, self._model
         training_norms = options.mode == "batch"
-        with rolled_back_on_error(model), _random_state_kept_on_error(), self._bar:
+        with (
+            _collector_paused(len(self._batches) == 1),
+            rolled_back_on_error(model),
+            _random_state_kept_on_error(),
+            self._bar,
+        ):
             before = self._make_orthonormal() if options.orthonormal else {}
             with at_rest(model, training_norms):
                 self._find_layers()
@@ -187,10 +193,10 @@ class Engine:
             return report
         last = unit[-1]
         warning = (
-            f"the signal is lost: of the variance of the last layer, {last.name!r}, only {last.signal_share:.1%} lies between "
-            "samples (signal share, below 1 %), the rest is an offset that all samples share. Behind a global pool, or on noise, "
-            "that may be harmless; a deep plain net hardly tells its inputs apart then: use another activation, fewer layers, or "
-            "skip connections."
+            f"the signal is lost: of the variance of the last layer, {last.name!r}, only {last.signal_share:.1%} lies "
+            "between samples (signal share, below 1 %), the rest is an offset that all samples share. Behind a global pool, or "
+            "on noise, that may be harmless; a deep plain net hardly tells its inputs apart then: use another activation, fewer "
+            "layers, or skip connections."
         )
         return replace(report, warnings=(warning,))
 
@@ -265,6 +271,19 @@ def _random_state_kept_on_error() -> Iterator[None]:
     except BaseException:
         state.restore()
         raise
+
+
+@contextmanager
+def _collector_paused(paused: bool) -> Iterator[None]:
+    """For a single pass: what a snapshot makes of small objects would have all that torch has loaded walked over."""
+    if not paused or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _mib(n: float) -> str:

@@ -108,11 +108,11 @@ class Counter:
 def peers():
     rivals = {"minitrain": lsuv_}
     try:
-        from lsuv import LSUVinit
+        from lsuv import lsuv_with_singlebatch
     except ImportError:
         print("(PyPI's lsuv is not installed)")
     else:
-        rivals["PyPI lsuv"] = functools.partial(LSUVinit, verbose=False)
+        rivals["PyPI lsuv"] = functools.partial(lsuv_with_singlebatch, verbose=False)
     print("Side by side, on the same nets and batches (worst over layers that are called as modules)")
     print(
         f"  {'net':<28} {'':<10} {'seconds':>8} {'x plain':>8} {'forwards':>8} {'|mean|':>9} {'|std-1|':>9} {'layers':>6}"
