@@ -195,8 +195,8 @@ class Engine:
         warning = (
             f"the signal is lost: of the variance of the last layer, {last.name!r}, only {last.signal_share:.1%} lies "
             "between samples (signal share, below 1 %), the rest is an offset that all samples share. Behind a global pool, "
-            "or on noise, that may be harmless; a deep plain net hardly tells its inputs apart then: use another activation, fewer "
-            "layers, or skip connections."
+            "or on noise, that may be harmless; a deep plain net hardly tells its inputs apart then: use another activation, "
+            "fewer layers, or skip connections."
         )
         return replace(report, warnings=(warning,))
 
