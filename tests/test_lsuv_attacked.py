@@ -116,6 +116,16 @@ def test_a_layer_that_is_not_what_torch_made_it_is_solved_by_looking(how, monkey
             handle.remove()
 
 
+@pytest.mark.parametrize("what", ["weight", "input"])
+def test_a_single_image_without_a_batch_dimension_does_not_pass_off_its_biases_as_a_signal(what):
+    conv, x = nn.Conv2d(2, 4, 3), torch.randn(2, 6, 6)
+    conv.bias.data.normal_()
+    if what == "weight":
+        nn.init.zeros_(conv.weight)
+    model = nn.Sequential(nn.Identity() if what == "weight" else nn.Threshold(1e9, 0.0), conv)
+    assert lsuv_(model, x, verify=False)["1"].status == "dead"
+
+
 # -- standstill -------------------------------------------------------------------------------------------------------
 
 

@@ -211,12 +211,11 @@ class Normalizer:
             return _Verdict("frozen", "its weight does not require a gradient", excused=True)
         if stats.count < 2:
             return _Verdict("few_values", "its output is a single value")
-        alike = meeting.sample.share is None or meeting.sample.share < 1e-6  # all samples, as far as can be told
-        if alike and is_zero(weight):
+        if is_zero(weight):
             return _Verdict("dead", "its weight is all zeros", excused=True)
         if stats.std <= 1e-15 * abs(stats.mean):  # what float64 leaves of a constant
             return _Verdict("dead", "its output does not vary: std is 0")
-        if alike and meeting.silent:
+        if meeting.silent:
             return _Verdict("dead", "its input is all zeros")
         raw = meeting.sample.before or stats  # what the layer itself puts out
         if not self._wanted.channels and is_rounding(raw, weight.dtype, meeting.dtype):
