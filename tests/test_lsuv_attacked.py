@@ -69,6 +69,19 @@ def test_an_orthonormal_weight_that_is_tied_to_a_layer_registered_before_is_as_c
     assert_unit(model, "a")
 
 
+def test_an_orthonormal_weight_that_is_never_used_is_put_back_beside_tied_ones_too():
+    class Net(TiedBackwards):
+        def __init__(self):
+            super().__init__()
+            self.never = nn.Linear(8, 8)
+
+    model = Net()
+    before = model.never.weight.clone()
+    assert lsuv_(model, X, orthonormal=True)["never"].status == "unreached"
+    assert torch.equal(model.never.weight, before)
+    assert_unit(model, "a")
+
+
 @pytest.mark.parametrize("verify", [True, False])
 def test_a_frozen_bias_is_allowed_for_channel_by_channel(verify):
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))

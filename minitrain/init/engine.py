@@ -74,7 +74,7 @@ class Engine:
                 norms = batch_norms(model, training_norms) if training_norms or len(self._batches) > 1 else {}
                 self._watch = Watch(model, self._layers, norms, behind=options.where == "activation")
                 sweep, normalizer, found = self._normalize()
-                _put_back_unmet(before, normalizer.rows)
+                _put_back_unmet(before, self._layers, normalizer.rows)
                 if found is None and options.verify:
                     found = self._measure(sweep)
                 if found is not None:
@@ -180,7 +180,7 @@ class Engine:
             rows,
             self._forward.count,
             seconds,
-            batch=str(self._batches.first),
+            batch=self._batches.shape,
             batches=len(self._batches),
             strategy=sweep.name,
             why=self._why,
@@ -240,12 +240,12 @@ def _measured(layer: Layer, samples: list[Sample]) -> LayerRow:
     return replace(row, status="unreached", reason="never called in this forward pass")
 
 
-def _put_back_unmet(before: dict[str, tuple[Tensor, Tensor]], rows: dict[str, LayerRow]) -> None:
+def _put_back_unmet(before: dict[str, tuple[Tensor, Tensor]], layers: list[Layer], rows: dict[str, LayerRow]) -> None:
     """A layer that was never called keeps the weight that it had, unless that is also the weight of one that was."""
-    met = {before[name][0].data_ptr() for name in before if name in rows and rows[name].calls}
-    for name, (weight, value) in before.items():
-        shared = any(row.status == "tied" for row in rows.values())
-        if not (name in rows and rows[name].calls) and weight.data_ptr() not in met and not shared:
+    called = [layer.matrix for layer in layers if layer.name in rows and rows[layer.name].calls]
+    met = {matrix.tensor.data_ptr() for matrix in called if matrix is not None}
+    for weight, value in before.values():
+        if weight.data_ptr() not in met:
             weight.copy_(value)
 
 

@@ -81,6 +81,11 @@ class Batches:
         held: The batches lie in memory anyway.
         what: The name of the argument that they come from.
 
+    Attributes:
+        nbytes: The size of each batch.
+        kept_bytes: What is kept of them beside what lay in memory anyway.
+        shape: The shapes of the first batch, for reports.
+
     Raises:
         DataError: There are fewer batches than wanted, or no sample in one.
         InitError: They do not vary.
@@ -128,7 +133,7 @@ class Batches:
             )
         if self._kept is None:
             self.kept_bytes = 0
-        self._shape = str(first)
+        self.shape = str(first)
         if not varies:
             raise InitError(
                 f"the batch of shape {self} does not vary: all its samples, or all its values, are equal. What the layers "
@@ -167,7 +172,7 @@ class Batches:
         return next(iter(self))
 
     def __str__(self) -> str:
-        return self._shape if len(self) == 1 else f"{self._shape} and {_batches(len(self) - 1)} more"
+        return self.shape if len(self) == 1 else f"{self.shape} and {_batches(len(self) - 1)} more"
 
 
 def from_inputs(inputs: Any) -> ModelInputs:

@@ -45,7 +45,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _add(self, tensor: Tensor) -> None:
         try:
             storage = tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):  # sparse
+        except (NotImplementedError, RuntimeError):  # it has none of its own: a sparse tensor, or a class of somebody's
             return
         key, size = id(storage), storage.nbytes()
         if key in self._alive or key in self._ignored:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -25,7 +26,7 @@ from minitrain.init.unwrap import unwrap
 from minitrain.moments import moments
 
 
-class _WeightStage:
+class _WeightStage(ABC):
     """What the stages of this file share: the selection of layers, what is left alone, the report.
 
     A subclass has the fields `layers`, `skip` and `include_frozen`, and says in `_fill` what a matrix becomes.
@@ -99,9 +100,9 @@ class _WeightStage:
         if weight.magnitude is not None:  # the product is what was drawn
             weight.magnitude.copy_(torch.norm_except_dim(weight.matrix, 2, weight.norm_dim))
 
+    @abstractmethod
     def _fill(self, matrix: Tensor) -> None:
         """Fill a writable view of a weight, the output's channels in dimension 0 and the input's in dimension 1."""
-        raise NotImplementedError
 
     def _finish(self, layer: Layer, row: LayerRow) -> LayerRow:
         """What is to be done, once a layer's weight is as it should be."""
@@ -306,7 +307,10 @@ class Zero(_WeightStage):
             )
 
     def _change(self, weight: _Weight) -> None:
-        (weight.matrix if weight.magnitude is None else weight.magnitude).zero_()
+        self._fill(weight.matrix if weight.magnitude is None else weight.magnitude)  # a direction of 0 would give NaN
+
+    def _fill(self, matrix: Tensor) -> None:
+        matrix.zero_()
 
     def _finish(self, layer: Layer, row: LayerRow) -> LayerRow:
         bias = layer.bias

@@ -36,7 +36,6 @@ class Strand:
         self._stop: Any = None
         self._value: Any = None
         self._abandoned = False
-        self.finished = False
         self._context, self._surroundings = contextvars.copy_context(), _Surroundings()
         self._thread = threading.Thread(target=self._run, name="minitrain lock-step", daemon=True)
         self._started = False
@@ -48,7 +47,7 @@ class Strand:
             value: What the `pause` that it stands at returns.
 
         Returns:
-            What the next `pause` was called with; None at the end (`finished`).
+            What the next `pause` was called with; None at the end.
 
         Raises:
             BaseException: What the body raised.
@@ -112,7 +111,6 @@ class Strand:
         except BaseException as error:  # noqa: BLE001 - it surfaces where the owner waits
             self._error = error
         finally:
-            self.finished = True
             self._owners.release()
 
 

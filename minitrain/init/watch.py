@@ -22,7 +22,6 @@ from minitrain.errors import InitError
 from minitrain.init.activations import ACTIVATIONS, ALIASES, QUESTIONS, is_question
 from minitrain.init.attention import Projections, is_attention
 from minitrain.init.calls import Call, OutOfStep
-from minitrain.init.forward import Forward
 from minitrain.init.inputs import ModelInputs
 from minitrain.init.layers import Layer, Part
 from minitrain.init.sharing import Sharing
@@ -426,17 +425,14 @@ class _Uses(TorchFunctionMode):
             bias = given.get("bias")
             own = [layer for layer in layers if layer.bias is not None and layer.bias.parameter is bias]
             layer = (own or layers)[0]  # of those that share the weight
-            use = Use(
-                layer,
-                Call(func, args, kwargs),
-                output,
-                self._watch.part(bias, layer),
-                bias is not None,
-                frozenset(self._pass.entered),
-            )
-            replaced = self._pass.see(use)
+            replaced = self._pass.see(self._use(layer, Call(func, args, kwargs), output, bias))
             return output if replaced is None else replaced
         return output
+
+    def _use(self, layer: Layer, call: Call, output: Any, bias: Any, batch_dim: int = 0) -> Use:
+        """What a function has made of a layer's weight and of this bias."""
+        part, entered = self._watch.part(bias, layer), frozenset(self._pass.entered)
+        return Use(layer, call, output, part, bias is not None, entered, batch_dim)
 
     def _attention(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         projections = Projections(func, args, kwargs)
@@ -445,17 +441,14 @@ class _Uses(TorchFunctionMode):
             for layer in self._watch.used(weight):
                 if layer.weight is None or layer.weight.rows != rows:
                     continue
-                call, part = projections.call(layer, x, bias, which), self._watch.part(bias, layer)
+                call = projections.call(layer, x, bias, which)
                 with self._watch.blind():
                     output = call.repeat()
-                entered = frozenset(self._pass.entered)
-                self._pass.see(Use(layer, call, output, part, bias is not None, entered, batch_dim=1), now=True)
+                self._pass.see(self._use(layer, call, output, bias, batch_dim=1), now=True)
         output = func(*args, **kwargs)
         for layer in self._watch.used(projections.out_weight):
-            bias = projections.out_bias
             call = Call(func, args, kwargs, pick=lambda result: result[0])
-            entered = frozenset(self._pass.entered)
-            use = Use(layer, call, output[0], self._watch.part(bias, layer), bias is not None, entered, batch_dim=1)
+            use = self._use(layer, call, output[0], projections.out_bias, batch_dim=1)
             if (replaced := self._pass.see(use, now=True)) is not None:
                 output = (replaced, *output[1:])
         return output
@@ -475,10 +468,3 @@ def _flat(values: Iterable[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (tuple, list)):
             yield from _flat(value)
-
-
-def watched(watch: Watch, forward: Forward, batches: Iterable[ModelInputs], visit: Visit, norms: Any = None) -> None:
-    """A pass over each of the batches."""
-    with watch.attached():
-        for inputs in batches:
-            watch.run(forward, inputs, visit, norms)
