@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from lsuv_nets import statuses
 from torch import nn
 
 from minitrain.init import lsuv_
@@ -37,10 +38,6 @@ def assert_unit(model, *names, biased=True, tolerance=1e-5):
         mean, std = real(model, name)
         assert abs(std - 1) < tolerance, (name, std)
         assert not biased or abs(mean) < tolerance, (name, mean)
-
-
-def statuses(report):
-    return {row.name: row.status for row in report}
 
 
 # -- claims -----------------------------------------------------------------------------------------------------------

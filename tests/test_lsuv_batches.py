@@ -1,7 +1,6 @@
 """LSUV over several batches: as if they were one, however they are cut and gone through, and nothing else is touched."""
 
 import copy
-import itertools
 import random
 import signal
 import threading
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
+from lsuv_nets import CLAIMS, bits, mlp, statuses
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
@@ -19,17 +19,12 @@ from minitrain.init import LSUV, layer_stats, lsuv_
 
 STRATEGIES = ["lock-step", "streaming", "auto"]
 CUTS = [2, 7, 24]
-CLAIMS = {"normalized", "no_bias", "scaled", "reused"}
 MANY = ["lock-step", "streaming"]
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-def bits(tensor):
-    return tensor.detach().clone().contiguous().flatten().view(torch.uint8).tolist()
 
 
 def snapshot(model):
@@ -49,10 +44,6 @@ def snapshot(model):
         "threads": set(threading.enumerate()),
         "torch's modes": (torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()),
     }
-
-
-def statuses(report):
-    return {row.name: row.status for row in report}
 
 
 def pairs(x, n):
@@ -81,11 +72,6 @@ def assert_same_weights(a, b, tolerance=1e-6):
 
 
 # -- nets -------------------------------------------------------------------------------------------------------------
-
-
-def mlp(*sizes, act=nn.ReLU, **options):
-    layers = [f for a, b in itertools.pairwise(sizes) for f in (nn.Linear(a, b, **options), act())]
-    return nn.Sequential(*layers[:-1])
 
 
 def conv_net():

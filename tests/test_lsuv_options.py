@@ -1,7 +1,6 @@
 """Each option of LSUV does what its documentation says, as an oracle in float64 sees it; wrong ones are refused by name."""
 
 import copy
-import itertools
 import json
 import math
 import random
@@ -9,21 +8,16 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from lsuv_nets import CLAIMS, bits, mlp, statuses
 from torch import nn
 
 from minitrain.errors import InitError
 from minitrain.init import LSUV, kinds, layer_stats, lsuv_, register_layer
 
-CLAIMS = {"normalized", "no_bias", "scaled", "reused"}
-
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-def bits(tensor):
-    return tensor.detach().clone().contiguous().flatten().view(torch.uint8).tolist()
 
 
 def snapshot(model):
@@ -33,15 +27,6 @@ def snapshot(model):
         [(m.training, list(m._forward_hooks), list(m._forward_pre_hooks)) for m in model.modules()],
         (random.getstate(), torch.get_rng_state().tolist(), torch._C._len_torch_function_stack()),
     )
-
-
-def statuses(report):
-    return {row.name: row.status for row in report}
-
-
-def mlp(*sizes, act=nn.ReLU, **options):
-    layers = [f for a, b in itertools.pairwise(sizes) for f in (nn.Linear(a, b, **options), act())]
-    return nn.Sequential(*layers[:-1])
 
 
 def outputs(model, *args, norms_in_training=False, **kwargs):
