@@ -276,3 +276,21 @@ def test_nothing_of_the_learner_is_kept():
     cycle = OneCycle(0.1)
     make_learner(cycle).fit(1)
     assert cycle._scheduler is None
+
+
+def test_plot_draws_rate_and_momentum_by_step(tmp_path):
+    pytest.importorskip("matplotlib")
+    cycle = OneCycle(0.1)
+    make_learner(cycle).fit(2)
+    rates, momenta = cycle.plot(save=tmp_path / "cycle.png").axes
+    assert (tmp_path / "cycle.png").stat().st_size > 1000
+    assert rates.lines[0].get_ydata().tolist() == cycle.lrs
+    assert momenta.lines[0].get_ydata().tolist() == cycle.momentums
+
+
+def test_plot_of_an_optimiser_without_momentum_is_of_the_rate_alone():
+    pytest.importorskip("matplotlib")
+    cycle = OneCycle(0.1)
+    make_learner(cycle, opt_func=torch.optim.Adagrad).fit(1)
+    assert [axes.get_title() for axes in cycle.plot().axes] == ["learning rate"]
+    assert len(OneCycle(0.1).plot().axes) == 1  # before any fit

@@ -19,6 +19,8 @@ from minitrain.optim import rate_of
 from minitrain.passes import loader_length
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from minitrain.learner import Learner
 
 # What torch's scheduler writes into the parameter groups.
@@ -137,6 +139,16 @@ class OneCycle(Callback):
                 UserWarning,
                 stacklevel=2,
             )
+
+    def plot(self, **kwargs: Any) -> Figure:
+        """Draw learning rate and momentum by step; the arguments (`ax`, `save`) are those of `minitrain.plot.schedule`.
+
+        Returns:
+            The matplotlib figure.
+        """
+        from minitrain import plot
+
+        return plot.schedule({"lr": self.lrs, "momentum": self.momentums}, **kwargs)
 
     def state_dict(self) -> dict[str, Any]:
         """The rates so far; within a fit also where the cycle stands, and what is to be put back at its end."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -100,7 +101,10 @@ class InitReport:
         return {**asdict(self), "rows": [{**asdict(row), "ok": row.ok} for row in self.rows], "ok": self.ok}
 
     def plot(self, **kwargs: Any) -> Figure:
-        """Draw the standard deviation by depth, before and after; arguments (`ax`, `save`) as of `minitrain.plot.depth`.
+        """Draw mean and standard deviation by depth, before and after; the arguments are those of `minitrain.plot.depth`.
+
+        Args:
+            **kwargs: `save`, and `ax`: with a single one only the standard deviation is drawn.
 
         Returns:
             The matplotlib figure.
@@ -108,10 +112,18 @@ class InitReport:
         from minitrain import plot
 
         rows = [row for row in self.rows if row.std_before is not None]
-        nan = float("nan")
-        before = [nan if row.std_before is None else row.std_before for row in rows]
-        after = [nan if row.std_after is None else row.std_after for row in rows]
-        return plot.depth([row.name for row in rows], before, after, **kwargs)
+
+        def values(name: str) -> list[float]:
+            return [math.nan if (value := getattr(row, name)) is None else value for row in rows]
+
+        return plot.depth(
+            [row.name for row in rows],
+            values("std_before"),
+            values("std_after"),
+            mean_before=values("mean_before"),
+            mean_after=values("mean_after"),
+            **kwargs,
+        )
 
     def summary(self) -> str:
         """One line: how many layers of each status, forward passes, seconds."""
