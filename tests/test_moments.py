@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from minitrain.moments import Moments, mean_std, moments
+from minitrain.moments import Moments, _on_device, flatten, mean_std, moments, squares_sum
 
 
 def test_moments_of_a_known_tensor():
@@ -101,7 +101,97 @@ def test_the_order_of_memory_does_not_matter():
 
 
 def test_a_channels_last_tensor_is_not_copied():
-    from minitrain.moments import _values
-
     x = torch.zeros(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
-    assert _values(x).data_ptr() == x.data_ptr()
+    assert flatten(x).data_ptr() == x.data_ptr()
+
+
+def large(n, kind):
+    """Many values with which sums in float32 have trouble."""
+    normal = torch.randn(n, generator=torch.Generator().manual_seed(0))
+    if kind == "equal sign":
+        return normal.abs() + 0.1
+    if kind == "relu":
+        return normal.relu()
+    if kind == "sigmoid":
+        return (normal * 3).sigmoid()
+    if kind == "outlier":
+        normal[n // 3] = 1e6
+    if kind == "first part differs":  # from which a centre might be taken
+        normal *= 1e-3
+        normal[: min(n // 2, 2**17)] += 2.7
+    if kind == "first part differs and the mean is large":
+        return large(n, "first part differs") + 100
+    return normal
+
+
+@pytest.mark.parametrize("n", [1000, 2**17 + 1, 3_000_000])
+@pytest.mark.parametrize(
+    "kind",
+    ["equal sign", "relu", "sigmoid", "outlier", "first part differs", "first part differs and the mean is large"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_mean_std_of_many_values_keeps_its_digits(n, kind, dtype):
+    x = large(n, kind).clamp(-6e4, 6e4).to(dtype)
+    check_digits(x)
+
+
+@pytest.mark.parametrize("n", [1000, 1_000_000, 3 * 2**20])
+@pytest.mark.parametrize("value", [0.1, 2.735785961, 3.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("every", [2, 3])
+@pytest.mark.parametrize("other", [-1, 0, 0.5])
+def test_mean_std_of_values_of_equal_size_whose_rounding_errors_add_up(n, value, dtype, every, other):
+    x = torch.full((n,), value)
+    x[::every] *= other
+    check_digits(x.to(dtype))
+
+
+@pytest.mark.parametrize("n", [2, 1000, 1_000_000])
+@pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, -1234.5, 1e-20, 1e20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_constant_has_its_value_for_mean_and_no_spread(n, value, dtype):
+    x = torch.full((n,), value).to(dtype)
+    for mean, std in (mean_std(x), _on_device(x)):
+        assert mean.item() == pytest.approx(x[0].item(), rel=1e-6)
+        assert 0 <= std.item() <= 1e-6 * abs(x[0].item())
+
+
+def check_digits(x):
+    exact = moments(x)
+    for mean, std in (mean_std(x), _on_device(x)):
+        assert std.item() == pytest.approx(exact.std, rel=1e-4)
+        assert mean.item() == pytest.approx(exact.mean, abs=1e-6 * (abs(exact.mean) + exact.std))
+
+
+@pytest.mark.parametrize("n", [0, 1, 1000, 2**13, 2**13 + 1, 2**20, 2**20 + 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_sum_of_squares_is_close_for_every_length_and_order_of_memory(n, dtype):
+    x = torch.randn(n, 2, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for values in (x[:, 0], x[:, 0].contiguous(), torch.full((n,), 2.735785961, dtype=dtype)):
+        assert squares_sum(values).dtype == dtype
+        assert squares_sum(values).item() == pytest.approx(values.double().square().sum().item(), rel=1e-5)
+
+
+def test_the_usual_tensor_is_not_converted_to_float64(monkeypatch):
+    def fail(x):
+        raise AssertionError("the slow way was taken")
+
+    monkeypatch.setattr("minitrain.moments.moments", fail)
+    normal = large(5000, "normal")
+    for x in (
+        normal,
+        normal.relu(),
+        normal.sigmoid(),
+        normal + 5,
+        normal + 1e3,
+        normal.half(),
+        normal.bfloat16() + 100,
+    ):
+        mean_std(x)
+
+
+def test_what_is_not_finite_is_found_at_the_first_look(monkeypatch):
+    looks = []
+    monkeypatch.setattr("minitrain.moments._sums", lambda *args: looks.append(1) or (math.nan, math.nan))
+    mean_std(torch.tensor([1.0, math.nan]))
+    assert len(looks) == 1

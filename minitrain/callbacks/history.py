@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from minitrain.csvfile import write_csv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,18 +56,7 @@ class History(list[dict[str, Any]]):
         Raises:
             FileNotFoundError: The folder does not exist.
         """
-        path = Path(os.path.realpath(path))  # a link stays a link
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"path={str(path)!r}: there is no folder {str(path.parent)!r}. Make it first.")
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            with open(part, "w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, self.columns, restval="")
-                writer.writeheader()
-                writer.writerows({key: _plain(value) for key, value in row.items()} for row in self)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_csv(path, self.columns, [[_plain(row.get(column, "")) for column in self.columns] for row in self])
 
     def plot(self, **kwargs: Any) -> Figure:
         """Draw losses and metrics by epoch; the arguments (`ax`, `save`) are those of `minitrain.plot.curves`.
