@@ -5,6 +5,7 @@ rest.
 """
 
 from minitrain.callback import EVENTS, Callback
+from minitrain.captured import capture
 from minitrain.data import BatchLoader, DataLoaders
 from minitrain.errors import (
     CancelBatch,
@@ -62,6 +63,7 @@ __all__ = [
     "Orthogonal",
     "XavierNormal",
     "Zero",
+    "capture",
     "layer_stats",
     "lsuv_",
 ]
