@@ -1,21 +1,19 @@
-"""`ActivationStats`: mean and standard deviation of each layer's output, step by step."""
+"""`ActivationStats` and `GradientStats`: what each layer's output looks like, and what gradient it gets, step by step."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
 
-from minitrain.callback import Callback
+from minitrain.callbacks.recorder import MAX_MEMORY, Recorder, weight_layers, widened
 from minitrain.hooks import Hooks, first_tensor
-from minitrain.moments import mean_std
+from minitrain.measures import FIELDS, measure, norm
+from minitrain.recording import Recording
+from minitrain.units import active_units, batch_dim, unit_dims
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,28 +21,172 @@ if TYPE_CHECKING:
     from minitrain.learner import Learner
 
 
-class ActivationStats(Callback):
-    """Record the mean and the standard deviation of each selected layer's output at the training steps.
+class _Look(NamedTuple):
+    numbers: Tensor
+    active: Tensor  # which units
+    n: int  # values
+    histogram: Tensor | None
 
-    Nothing waits for the device during an epoch: a step leaves one small tensor of shape (layers, 2) there, and at the end of
-    the epoch they come to the CPU in one copy. The rows can be read at any time, in the midst of training too (which waits for
-    the device). They append over the epochs of a fit; a new fit begins anew.
+
+class LayerStats(Recorder):
+    """What `ActivationStats` and `GradientStats` share: hooks on layers for the time of a fit, a row a recorded step.
+
+    Nothing waits for the device: a step leaves one small row there, and up to 64 rows come to the CPU in one copy. The rows can
+    be read at any time, in the midst of training too (which waits for the device). They append over the epochs of a fit; a new
+    fit begins anew. A cancelled batch leaves no row, and does not count.
+    """
+
+    kind: ClassVar[str]
+    called: list[str]  # the layers in the order of their calls (of their gradients) in the first recorded step
+
+    @contextmanager
+    def during_fit(self, learn: Learner) -> Iterator[None]:
+        """Hooks on the layers, for as long as the fit lasts."""
+
+        def note(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            if self._recording is None or learn.phase != "fit" or learn.training != self._training:
+                return  # not this step, or a validation in its midst
+            if self.kind == "forward" and name in self._looks:
+                return
+            x = first_tensor(output)
+            if x is not None:
+                self._note(name, module, x if learn.scaler is None else self._unscaled(x, learn))
+
+        select = weight_layers(learn.model) if self.select is None else self.select
+        try:
+            with Hooks(learn.model, note, select, self.kind) as hooks:
+                self._dims = unit_dims(learn.model)
+                self._begin(hooks.names)
+                yield
+        finally:
+            self._recording, self._looks, self._dims = None, {}, {}
+            self._flush()
+
+    def before_batch(self, learn: Learner) -> None:
+        """From here on outputs are measured, if this step is one to be recorded."""
+        if learn.phase != "fit":
+            return
+        phase = "train" if learn.training else "valid"
+        recording, count = self.recordings.get(phase), self._counts.get(phase, 0)
+        self._training, self._looks = learn.training, {}
+        self._takes_histogram = phase == self._phases[0] and self._histograms_want(count)
+        self._recording = recording if recording is not None and recording.wants(count) else None
+        if self._takes_histogram and self._recording is None:
+            self._recording = recording
+
+    def after_batch(self, learn: Learner) -> None:
+        """The batch has come through: keep what was measured."""
+        if learn.phase != "fit":
+            return
+        phase = "train" if learn.training else "valid"
+        if phase not in self._counts:
+            return
+        if self._recording is not None:
+            self._keep(phase, self._counts[phase])
+        self._counts[phase] += 1
+        self._recording, self._looks = None, {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All rows so far, how many steps there were, and for how long each unit has been silent."""
+        return super().state_dict() | {"called": list(self.called)}
+
+    @property
+    def signal_share(self) -> Tensor:
+        """The part of the variance that lies between samples (up to 64), of shape (steps, layers), from 0 to about 1."""
+        return self["signal_share"]
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    _positive: ClassVar[bool]  # whether only values above zero make a unit active
+    _recording: Recording | None  # of this step; None where it is not recorded
+    _training: bool
+    _takes_histogram: bool
+    _looks: dict[str, _Look]
+    _dims: dict[nn.Module, int]
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._recording, self._looks, self.called = None, {}, []
+
+    def _checked(self, state: dict[str, Any]) -> Callable[[], None]:
+        take = super()._checked(state)
+        called = list(state.get("called", ()))
+
+        def take_all() -> None:
+            take()
+            self.called = called
+
+        return take_all
+
+    def _histograms_want(self, count: int) -> bool:
+        return "histogram" in self.recordings and self.recordings["histogram"].wants(count)
+
+    def _unscaled(self, x: Tensor, learn: Learner) -> Tensor:
+        return x
+
+    def _note(self, name: str, module: nn.Module, x: Tensor) -> None:
+        try:
+            numbers = measure(x, self.threshold, batch_dim(module))
+        except TypeError:  # complex, sparse, quantised
+            return
+        active = active_units(x, self._dims.get(module, 1), self._positive)
+        self._looks[name] = _Look(numbers, active, x.numel(), self._histogram(x) if self._takes_histogram else None)
+
+    def _keep(self, phase: str, step: int) -> None:
+        looks, recording = self._looks, self.recordings[phase]
+        self.called = self.called or list(looks)
+        if recording.wants(step):
+            activity = self._activity[phase]
+            rows = {name: self._numbers(look, activity.add(name, look.active)) for name, look in looks.items()}
+            recording.put(step, self._rows(rows, len(self.fields)))
+        if self._takes_histogram:
+            counts = {name: look.histogram for name, look in looks.items() if look.histogram is not None}
+            self.recordings["histogram"].put(step, self._rows(counts, len(self.edges) + 1))
+
+    def _numbers(self, look: _Look, dead: Tensor) -> Tensor:
+        return torch.cat([look.numbers, dead.to(look.numbers)[None]])
+
+
+class ActivationStats(LayerStats):
+    """Record what each selected layer's output looks like, step by step.
+
+    For every recorded step and layer: mean, standard deviation, smallest and largest value, the number of values that are not
+    finite, the fraction near zero, the fraction of dead units, the signal share, and where asked for a histogram.
+
+    Nothing waits for the device: a step leaves one small row there, and up to 64 rows come to the CPU in one copy. The rows can
+    be read at any time, in the midst of training too (which waits for the device). They append over the epochs of a fit; a new
+    fit begins anew. A cancelled batch leaves no row, and does not count.
 
     Of a layer that is called several times in a step the first call counts; of an output with several tensors the first one.
-    A cancelled batch leaves no row, and does not count.
+
+    A unit (a channel of a convolution, a feature of a linear layer) is dead if its output was never above zero in the last
+    `window` recorded steps: nothing of it passes a ReLU. Of a net with norms between layer and ReLU select the norms
+    (`select=[nn.BatchNorm2d]`) or the activations. Of layers that no ReLU follows (the last one) it says little.
 
     Args:
         select: Which layers, as in `Hooks`: types, names, globs, a predicate, or a list of these. None: the layers with a
-            weight of two or more dimensions (linear, convolution, embedding, attention), or, without any, every leaf module.
-        every: Record every n-th training batch, the first one included.
+            weight of two or more dimensions (linear, convolution, embedding, recurrent, attention), or, without any, every leaf
+            module.
+        every: Record every n-th batch, the first one included.
+        train: Record training batches.
+        valid: Record the batches of the validations within the fit: `stats.valid["mean"]`; without `train` they are the
+            object's own rows.
+        threshold: The largest |x| that counts as near zero.
+        window: How many recorded steps without activity make a unit dead.
+        histogram_every: Take a histogram every n-th batch. None: never.
+        bins: The number of its bins.
+        limits: Where its bins begin and end; what lies outside is counted in two bins of their own.
+        max_memory: The bound on the memory for all rows, in bytes. When a table is full every second row is dropped, and from
+            then on only every second step is recorded. The default of 64 MiB holds 40,000 steps of 50 layers.
 
     Attributes:
-        names: The names of the layers: the columns.
-        steps: For each row the number of the training batch, counted from 0 over the whole fit.
+        recordings: The tables themselves.
+        edges: The edges of the histogram's bins, of shape (bins + 1,).
 
     Raises:
-        TypeError: `every` is no int.
-        ValueError: `every` is not positive.
+        TypeError: `every`, `window`, `bins`, `histogram_every` or `max_memory` is no int, `train` or `valid` no bool.
+        ValueError: One of them is not positive, `train` and `valid` are both off, or `threshold` or `limits` is wrong. In the
+            fit: `select` matches nothing, or `max_memory` is too small for these layers.
 
     Example:
         >>> from minitrain import BatchLoader, DataLoaders, Learner
@@ -57,158 +199,132 @@ class ActivationStats(Callback):
         (['0', '2'], [0, 1, 2, 3, 4, 5], (6, 2))
     """
 
-    names: list[str]
-    steps: list[int]
-    _rows: list[Tensor]  # on the CPU, each of shape (steps, layers, 2)
-    _pending: list[Tensor]  # on the device, each of shape (layers, 2)
-    _values: dict[str, Tensor] | None  # of this step; None where it is not recorded
-    _n_batches: int  # that came through
+    kind = "forward"
+    fields = (*FIELDS, "dead")
+    _positive = True
 
-    def __init__(self, select: Any = None, *, every: int = 1) -> None:
-        if isinstance(every, bool) or not isinstance(every, int):
-            raise TypeError(f"every={every!r} (type={type(every).__name__}), wanted an int.")
-        if every < 1:
-            raise ValueError(f"every={every}, wanted at least 1.")
-        self.select, self.every = select, every
-        self.names = []
-        self._clear()
-
-    @contextmanager
-    def during_fit(self, learn: Learner) -> Iterator[None]:
-        """Hooks on the layers, for as long as the fit lasts."""
-
-        def note(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            if self._values is not None and learn.training and name not in self._values:
-                measured = _measure(output)
-                if measured is not None:
-                    self._values[name] = measured
-
-        with Hooks(learn.model, note, _weight_layers(learn.model) if self.select is None else self.select) as hooks:
-            self.names = hooks.names
-            try:
-                yield
-            finally:
-                self._flush()
-                self._values = None
-
-    def before_fit(self, learn: Learner) -> None:
-        """Begin anew."""
-        self._clear()
-
-    def before_batch(self, learn: Learner) -> None:
-        """From here on outputs are measured."""
-        if learn.training:
-            self._values = {} if self._n_batches % self.every == 0 else None
-
-    def after_batch(self, learn: Learner) -> None:
-        """The batch has come through: keep what was measured."""
-        if learn.training:
-            if self._values is not None:
-                self.steps.append(self._n_batches)
-                self._pending.append(_row([self._values.get(name) for name in self.names]))
-            self._values = None
-            self._n_batches += 1
-
-    def after_train(self, learn: Learner) -> None:
-        """Bring this epoch's rows to the CPU."""
-        self._flush()
-
-    after_cancel_train = after_train
+    def __init__(
+        self,
+        select: Any = None,
+        *,
+        every: int = 1,
+        train: bool = True,
+        valid: bool = False,
+        threshold: float = 0.05,
+        window: int = 10,
+        histogram_every: int | None = None,
+        bins: int = 40,
+        limits: tuple[float, float] = (-10.0, 10.0),
+        max_memory: int = MAX_MEMORY,
+    ) -> None:
+        for name, value in {"train": train, "valid": valid}.items():
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}={value!r} (type={type(value).__name__}), wanted a bool.")
+        if not (train or valid):
+            raise ValueError("train=False and valid=False: there is nothing to record. Set one of them.")
+        super().__init__(
+            select,
+            every=every,
+            phases=("train",) * train + ("valid",) * valid,
+            threshold=threshold,
+            window=window,
+            histogram_every=histogram_every,
+            bins=bins,
+            limits=limits,
+            max_memory=max_memory,
+        )
 
     @property
-    def mean(self) -> Tensor:
-        """The means, on the CPU, of shape (steps, layers); NaN where a layer was not called."""
-        return self._table().select(-1, 0)
-
-    @property
-    def std(self) -> Tensor:
-        """The standard deviations, likewise."""
-        return self._table().select(-1, 1)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain types: names, steps, and for mean and std a list of rows."""
-        return {
-            "names": list(self.names),
-            "steps": list(self.steps),
-            "mean": self.mean.tolist(),
-            "std": self.std.tolist(),
-        }
-
-    def plot(self, **kwargs: Any) -> Figure:
-        """Draw mean and standard deviation of each layer by step; arguments (`ax`, `save`) as of `minitrain.plot.stats`.
-
-        Returns:
-            The matplotlib figure.
-        """
-        from minitrain import plot
-
-        return plot.stats(self.names, self.steps, self.mean, self.std, **kwargs)
-
-    def state_dict(self) -> dict[str, Any]:
-        """All rows so far."""
-        return {
-            "names": list(self.names),
-            "steps": list(self.steps),
-            "rows": self._table(),
-            "n_batches": self._n_batches,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the rows back.
+    def valid(self) -> Recording:
+        """The rows of the validation batches: `stats.valid["mean"]`, `stats.valid.steps`.
 
         Raises:
-            ValueError: They are of other layers than those that this object records.
+            ValueError: They are not recorded, or there was no fit yet.
         """
-        if self.names and self.names != state["names"]:
-            raise ValueError(f"the state is of the layers {state['names']}, these ActivationStats record {self.names}.")
-        self._clear()
-        self.names, self.steps, self._n_batches = list(state["names"]), list(state["steps"]), state["n_batches"]
-        self._rows = [state["rows"]]
-
-    def _clear(self) -> None:
-        self.steps, self._rows, self._pending = [], [], []
-        self._values, self._n_batches = None, 0
-
-    def _flush(self) -> None:
-        pending, self._pending = self._pending, []
-        if pending:
-            device = pending[-1].device
-            self._rows.append(torch.stack([row.to(device) for row in pending]).cpu())
-
-    def _table(self) -> Tensor:
-        self._flush()
-        if len(self._rows) != 1:
-            self._rows = [torch.cat(self._rows)] if self._rows else [torch.empty(0, len(self.names), 2)]
-        return self._rows[0]
+        if "valid" not in self.recordings:
+            raise ValueError("no validation was recorded: ActivationStats(valid=True), and then a fit with one.")
+        return self.recordings["valid"]
 
 
-def _measure(output: Any) -> Tensor | None:
-    """Mean and standard deviation of an output as one tensor; None where it has none."""
-    tensor = first_tensor(output)
-    try:
-        return None if tensor is None else torch.stack(mean_std(tensor)).float()
-    except TypeError:  # complex, sparse, quantised
-        return None
+class GradientStats(LayerStats):
+    """Record what gradient each selected layer's output gets, step by step: of the loss with respect to the output.
 
+    For every recorded step and layer: what `ActivationStats` records, of the gradient, and its `norm`. Gradients are those of
+    the loss as it is, also where a `GradScaler` scales it. Of a layer that is called several times in a step the first call
+    counts; of several backward passes in a step the last one.
 
-def _row(values: list[Tensor | None]) -> Tensor:
-    """The values of all layers on one device, NaN for None."""
-    device = next((value.device for value in values if value is not None), None)
-    missing = torch.full((2,), math.nan, device=device)
-    return torch.stack([missing if value is None else value.to(device) for value in values])
+    A unit (a channel of a convolution, a feature of a linear layer) is dead if its gradient was zero in all of the last
+    `window` recorded steps: it learns nothing.
 
+    Args:
+        select: Which layers, as in `Hooks`. None: as in `ActivationStats`.
+        every: Record every n-th training batch, the first one included.
+        threshold: The largest |x| that counts as near zero; by default what is lost in half precision (2 ** -24).
+        window: How many recorded steps without a gradient make a unit dead.
+        histogram_every: Take a histogram of |gradient| every n-th batch, in bins of equal size on a logarithmic scale. None:
+            never.
+        bins: The number of its bins.
+        limits: Where its bins begin and end.
+        max_memory: The bound on the memory for all rows, in bytes, kept as in `ActivationStats`.
 
-def _weight_layers(model: nn.Module) -> Any:
-    """A selection: the layers with a weight matrix, or None (every leaf) if there are none."""
-    return _has_weight if any(_has_weight(name, module) for name, module in model.named_modules()) else None
+    Raises:
+        TypeError: As in `ActivationStats`.
+        ValueError: As in `ActivationStats`.
 
+    Example:
+        >>> from minitrain import BatchLoader, DataLoaders, Learner
+        >>> x = torch.linspace(-1, 1, 12).reshape(-1, 1)
+        >>> model = nn.Sequential(nn.Linear(1, 8), nn.ReLU(), nn.Linear(8, 1))
+        >>> stats = GradientStats()
+        >>> learn = Learner(model, DataLoaders(BatchLoader(x, x, batch_size=4)), nn.MSELoss(), cbs=[stats], progress=False)
+        >>> learn.fit(1)
+        >>> stats.names, tuple(stats.norm.shape)
+        (['0', '2'], (3, 2))
+    """
 
-def _has_weight(name: str, module: nn.Module) -> bool:
-    if isinstance(module, NonDynamicallyQuantizableLinear):  # attention's own last layer, which it never calls
-        return False
-    if isinstance(module, nn.MultiheadAttention) or parametrize.is_parametrized(module, "weight"):
-        return True
-    weights = [
-        module._parameters.get(key) for key in ("weight", "weight_v", "weight_orig")
-    ]  # the last two: older torch
-    return any(weight is not None and (is_lazy(weight) or weight.ndim >= 2) for weight in weights)
+    kind = "backward"
+    fields = (*FIELDS, "dead", "norm")
+    log_histogram = True
+    _positive = False
+
+    def __init__(
+        self,
+        select: Any = None,
+        *,
+        every: int = 1,
+        threshold: float = 2.0**-24,
+        window: int = 10,
+        histogram_every: int | None = None,
+        bins: int = 56,
+        limits: tuple[float, float] = (1e-12, 1e2),
+        max_memory: int = MAX_MEMORY,
+    ) -> None:
+        super().__init__(
+            select,
+            every=every,
+            threshold=threshold,
+            window=window,
+            histogram_every=histogram_every,
+            bins=bins,
+            limits=limits,
+            max_memory=max_memory,
+        )
+
+    @property
+    def norm(self) -> Tensor:
+        """The norm of the gradient over all its values, of shape (steps, layers)."""
+        return self["norm"]
+
+    def plot_flow(self, **kwargs: Any) -> Figure:
+        """Draw the gradient's norm by depth; arguments (`ax`, `save`) as of `minitrain.plot.gradient_flow`."""
+        from minitrain import plot
+
+        return plot.gradient_flow(self.names, self.norm, **kwargs)
+
+    def _unscaled(self, x: Tensor, learn: Learner) -> Tensor:
+        assert learn.scaler is not None
+        return widened(x) / learn.scaler.scale(torch.ones((), device=x.device))
+
+    def _numbers(self, look: _Look, dead: Tensor) -> Tensor:
+        size = norm(look.numbers[0], look.numbers[1], look.n)
+        return torch.cat([look.numbers, torch.stack([dead.to(size), size])])
