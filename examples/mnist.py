@@ -15,7 +15,7 @@ from torch.utils.data import Subset, TensorDataset
 from torchvision.datasets import MNIST
 
 from minitrain import LSUV, Callback, DataLoaders, KaimingNormal, Learner, layer_stats
-from minitrain.callbacks import ActivationStats
+from minitrain.callbacks import ActivationStats, Diagnose
 from minitrain.metrics import Mean, accuracy
 
 RUN = Path("runs/mnist")
@@ -127,7 +127,7 @@ def main():
     print("\nPyTorch's default initialisation, on the first minibatch:", layer_stats(net, x), sep="\n")
 
     stats = ActivationStats()
-    cbs = [stats, TrainAccuracy()]
+    cbs = [stats, TrainAccuracy(), Diagnose()]
     learn = Learner(  # opt_func is left out: AdamW
         net, dls, F.cross_entropy, lr=args.lr, metrics=[accuracy], init=INITS[args.init], cbs=cbs, seed=args.seed
     )
