@@ -131,6 +131,19 @@ class Recording(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.fields)
 
+    def __getstate__(self) -> dict[str, Any]:
+        self.flush()  # a copy takes the rows along, not the room for more
+        full = {"_table": self._table[: self._n].clone(), "_steps": self._steps[: self._n].clone(), "_block": None}
+        return vars(self) | full
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        for name in ("_table", "_steps"):
+            rows = state[name]
+            room = rows.new_empty((self.capacity, *rows.shape[1:]))
+            room[: self._n] = rows
+            setattr(self, name, room)
+
     __eq__ = object.__eq__  # two mappings of tensors cannot be compared by ==
     __hash__ = object.__hash__
 

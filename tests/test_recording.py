@@ -1,6 +1,8 @@
+import copy
 import csv
 import math
 import os
+import pickle
 
 import pytest
 import torch
@@ -373,3 +375,24 @@ def test_what_is_no_file_is_not_replaced(tmp_path):
             write_csv(path, ["x"], [[1]])
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_copy_takes_its_rows_along_and_not_the_room_for_more():
+    recording = Recording(["a", "b"], ["mean"], every=1, max_memory=2**22)
+    for step in range(3):
+        recording.put(step, torch.full((2, 1), float(step)))
+    packed = pickle.dumps(recording)
+    assert len(packed) < 10_000
+    for other in (pickle.loads(packed), copy.deepcopy(recording)):
+        assert (other.steps, other.nbytes, other.capacity) == (recording.steps, recording.nbytes, recording.capacity)
+        for step in range(3, 200):
+            other.put(step, torch.full((2, 1), float(step)))
+        assert other["mean"][:, 1].tolist() == list(range(200))
+    assert recording["mean"][:, 0].tolist() == [0, 1, 2]
+
+
+def test_a_recording_equals_only_itself():
+    one, other = (Recording(["a"], ["mean"], every=1, max_memory=1024) for _ in range(2))
+    assert one == one
+    assert one != other
+    assert len({one, other}) == 2

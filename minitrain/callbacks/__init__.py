@@ -1,10 +1,20 @@
 """The callbacks that ship with minitrain, and the history that they read."""
 
 from minitrain.callbacks.diagnose import Diagnose
+from minitrain.callbacks.findings import Finding
 from minitrain.callbacks.history import History
 from minitrain.callbacks.parameters import ParameterStats
 from minitrain.callbacks.progress import Progress
 from minitrain.callbacks.schedule import OneCycle
 from minitrain.callbacks.stats import ActivationStats, GradientStats
 
-__all__ = ["ActivationStats", "Diagnose", "GradientStats", "History", "OneCycle", "ParameterStats", "Progress"]
+__all__ = [
+    "ActivationStats",
+    "Diagnose",
+    "Finding",
+    "GradientStats",
+    "History",
+    "OneCycle",
+    "ParameterStats",
+    "Progress",
+]

@@ -6,12 +6,12 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from minitrain.callback import Callback
+from minitrain.callbacks.findings import ADVICE, OUTSIDE, Finding, listed
 from minitrain.callbacks.parameters import ParameterStats
 from minitrain.callbacks.recorder import Recorder
 from minitrain.callbacks.stats import ActivationStats, GradientStats, LayerStats
@@ -25,40 +25,6 @@ _LATEST = 10  # rows over which a layer is judged
 _DRIFT = 100.0  # by how much training may change the scale of a layer
 _ENOUGH = 32  # samples: in fewer steps than that a dead unit must have been silent on so many
 _SOLVED = 1e-3  # of its first norm, the gradient at the last layer: little is left to learn, and so updates are small
-_MOST_NAMED = 5
-
-_ADVICE = {
-    "nonfinite": "Look for NaN in the data, for a log, a root or a division; lower the learning rate, or clip the gradients.",
-    "cut_off": "See whether forward uses them, and for a detach behind them; or freeze them: requires_grad_(False).",
-    "dead": "Lower the learning rate or warm it up, initialise by LSUV(), or use an activation that always lets a gradient "
-    "through (LeakyReLU, GELU).",
-    "small_std": "Initialise by LSUV(), or put a normalisation layer behind.",
-    "large_std": "Scale the inputs, initialise by LSUV(), or put a normalisation layer behind; lower the learning rate.",
-    "vanishing": "Initialise by LSUV(), or give the net normalisation layers or residual connections.",
-    "exploding": "Initialise by LSUV(), clip the gradients, or give the net normalisation layers.",
-    "slow": "Raise the learning rate, or look whether a part of the net is cut off from the loss.",
-    "fast": "Lower the learning rate, or warm it up.",
-}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong, at one or several layers.
-
-    Attributes:
-        kind: "nonfinite", "cut_off", "dead", "small_std", "large_std", "vanishing", "exploding", "slow" or "fast".
-        layers: The layers (of update ratios: the parameters) with their numbers, the worst first.
-        what: What was found, as a sentence with numbers and names.
-        advice: Which knob to turn.
-    """
-
-    kind: str
-    layers: dict[str, float]
-    what: str
-    advice: str
-
-    def __str__(self) -> str:
-        return f"{self.what} {self.advice}"
 
 
 class Diagnose(Callback):
@@ -93,7 +59,7 @@ class Diagnose(Callback):
         show: What the report is given to, as a text.
 
     Attributes:
-        findings: What the last report found.
+        findings: What the last report found, a list of `Finding`.
         activations: The `ActivationStats` behind it; likewise `gradients` and `parameters`. They can be read and drawn.
 
     Raises:
@@ -324,8 +290,8 @@ class Diagnose(Callback):
         when = f"in steps {begin} to {end}" if end > begin else f"in step {begin}"
         when = f"are NaN or infinite since step {begin}" if lasting else f"were NaN or infinite {when}"
         more = f", {len(total)} layers in all" if len(total) > len(first) else ""
-        text = f"Values {when}: first in {_NONFINITE[source][2]} of {_layers(first, 'layer')}{more}."
-        return Finding("nonfinite", total, text, _ADVICE["nonfinite"])
+        text = f"Values {when}: first in {_NONFINITE[source][2]} of {listed(first, 'layer')}{more}."
+        return Finding("nonfinite", total, text, ADVICE["nonfinite"])
 
     def _bad(self, i: int, field: str) -> tuple[list[str], list[int], Tensor]:
         """Layers, in the order in which a step comes to them; batches; and for these how many values are not finite."""
@@ -350,8 +316,8 @@ class Diagnose(Callback):
         bad = {name: 0.0 for name, is_cut in zip(part.names, cut, strict=False) if is_cut and name in self._trained}
         if not bad:
             return None
-        text = f"No gradient has come in any step to {_layers(bad, 'parameter')}."
-        return Finding("cut_off", bad, text, _ADVICE["cut_off"])
+        text = f"No gradient has come in any step to {listed(bad, 'parameter')}."
+        return Finding("cut_off", bad, text, ADVICE["cut_off"])
 
     def _dead(self) -> Finding | None:
         """Units are dead if neither their outputs nor their weights get a gradient.
@@ -374,8 +340,8 @@ class Diagnose(Callback):
         if not bad:
             return None
         bad = dict(sorted(bad.items(), key=lambda item: (-item[1], order.get(item[0], len(order)))))
-        text = f"More than {self.max_dead:.0%} of the units are dead (no gradient) in {_layers(bad, 'layer', '{:.0%}'.format)}."
-        return Finding("dead", bad, text, _ADVICE["dead"])
+        text = f"More than {self.max_dead:.0%} of the units are dead (no gradient) in {listed(bad, 'layer', '{:.0%}'.format)}."
+        return Finding("dead", bad, text, ADVICE["dead"])
 
     def _spread(self) -> list[Finding]:
         """Standard deviations at the first call, and where these were healthy, those of now, by wider limits.
@@ -412,9 +378,9 @@ class Diagnose(Callback):
             bad = {name: value for name, value in values.items() if (value < limit if side == 0 else value > limit)}
             if bad:
                 bad = dict(sorted(bad.items(), key=lambda item: item[1], reverse=side == 1))
-                kind, text, unit = _OUTSIDE[what, side]
-                sentence = f"{text.format(limit=f'{limit:g}')} in {_layers(bad, unit)}."
-                findings.append(Finding(kind, bad, sentence, _ADVICE[kind]))
+                kind, text, unit = OUTSIDE[what, side]
+                sentence = f"{text.format(limit=f'{limit:g}')} in {listed(bad, unit)}."
+                findings.append(Finding(kind, bad, sentence, ADVICE[kind]))
         return findings
 
 
@@ -424,20 +390,6 @@ _NONFINITE = (  # where to look, in the order in which a step comes by
     (1, "nonfinite", "the gradients of the outputs"),
     (2, "grad_nonfinite", "the gradients of the weights"),
 )
-_OUTSIDE = {
-    ("first_std", 0): ("small_std", "Outputs had a standard deviation below {limit} at the first step", "layer"),
-    ("first_std", 1): ("large_std", "Outputs had a standard deviation above {limit} at the first step", "layer"),
-    ("std", 0): ("small_std", "Outputs have a standard deviation below {limit}", "layer"),
-    ("std", 1): ("large_std", "Outputs have a standard deviation above {limit}", "layer"),
-    ("gradient", 0): ("vanishing", "Gradients vanish: their norm is below {limit} of that at the last one", "layer"),
-    ("gradient", 1): (
-        "exploding",
-        "Gradients explode: their norm is above {limit} times that at the last one",
-        "layer",
-    ),
-    ("update_ratio", 0): ("slow", "Updates are smaller than {limit} of the weights", "parameter"),
-    ("update_ratio", 1): ("fast", "Updates are larger than {limit} of the weights", "parameter"),
-}
 
 
 def _medians(names: list[str], rows: Tensor) -> dict[str, float]:
@@ -458,17 +410,6 @@ def _last(names: list[str], rows: Tensor) -> dict[str, float]:
     for row in rows.tolist():
         found |= {name: value for name, value in zip(names, row, strict=True) if math.isfinite(value)}
     return found
-
-
-def _layers(values: dict[str, float], unit: str, form: Callable[[float], str] | None = None) -> str:
-    """`3 layers: 'a' (0.9), 'b' (0.8), ...`, the worst first."""
-    named = [f"{name!r} ({(form or _number)(value)})" for name, value in list(values.items())[:_MOST_NAMED]]
-    more = len(values) - len(named)
-    return f"{len(values)} {unit}{'s' * (len(values) > 1)}: {', '.join(named)}" + (f" and {more} more" if more else "")
-
-
-def _number(value: float) -> str:
-    return f"{value:.0f}" if value < 1e5 and (value >= 10 or value == int(value)) else f"{value:.2g}"
 
 
 def _layer(parameter: str) -> str:
