@@ -76,6 +76,7 @@ def test_up_to_4096_values_are_all_looked_at_and_of_more_every_seventeenth():
     assert len(sample(torch.arange(4096))) == 4096
     assert sample(torch.arange(4098)).tolist() == list(range(0, 4098, 17))
     assert sample(torch.arange(17 * 17 * 17)).tolist() == list(range(0, 17**3, 18))
+    assert sample(torch.arange(2**24)).tolist() == list(range(0, 2**24, 257))
     assert sample(torch.arange(17 * 512)).tolist() == list(range(0, 17 * 512, 19))
 
 
