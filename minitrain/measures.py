@@ -99,7 +99,8 @@ def sample(flat: Tensor) -> Tensor:
     n = flat.numel()
     if n <= _ALL:
         return flat
-    return flat[:: next(step for step in itertools.count(max(_EVERY, n // _MOST)) if math.gcd(step, n) == 1)].contiguous()
+    steps = itertools.count(max(_EVERY, n // _MOST))
+    return flat[:: next(step for step in steps if math.gcd(step, n) == 1)].contiguous()
 
 
 def histogram(x: Tensor, edges: Tensor) -> Tensor:
