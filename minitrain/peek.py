@@ -11,7 +11,8 @@ from torch.utils.data.sampler import RandomSampler, SubsetRandomSampler, Weighte
 
 from minitrain.data import BatchLoader
 from minitrain.errors import DataError, InitError
-from minitrain.preserve import RandomState, loader_generators
+from minitrain.preserve import loader_generators
+from minitrain.random_states import RandomState
 
 
 def shuffles(loader: Any) -> bool:

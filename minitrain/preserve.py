@@ -12,56 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-
-class RandomState:
-    """A snapshot of every global random number generator, and of the given ones (torch's, numpy's, python's).
-
-    Covers python's `random`, numpy (when it is loaded), torch's CPU generator and those of every CUDA device (when CUDA
-    is in use) and of MPS.
-
-    Example:
-        >>> state = RandomState()
-        >>> a = torch.rand(3)
-        >>> state.restore()
-        >>> bool((torch.rand(3) == a).all())
-        True
-    """
-
-    def __init__(self, generators: Iterable[Any] = ()) -> None:
-        self._python = random.getstate()
-        self._torch = torch.get_rng_state()
-        self._numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-        self._mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
-        self._generators = [(g, _get_state(g)) for g in generators]
-
-    def restore(self) -> None:
-        """Put every generator back to where it was when the snapshot was taken."""
-        random.setstate(self._python)
-        torch.set_rng_state(self._torch)
-        if self._numpy is not None:
-            sys.modules["numpy"].random.set_state(self._numpy)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state_all(self._cuda)
-        if self._mps is not None:
-            torch.mps.set_rng_state(self._mps)
-        for generator, state in self._generators:
-            _set_state(generator, state)
-
-
-def _get_state(generator: Any) -> Any:
-    if isinstance(generator, torch.Generator):
-        return generator.get_state()
-    return generator.getstate() if isinstance(generator, random.Random) else generator.bit_generator.state
-
-
-def _set_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, torch.Generator):
-        generator.set_state(state)
-    elif isinstance(generator, random.Random):
-        generator.setstate(state)
-    else:
-        generator.bit_generator.state = state
+from minitrain.random_states import RandomState
 
 
 @contextmanager
@@ -213,25 +164,40 @@ def parameters_unchanged_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def with_samplers(loader: Any) -> list[Any]:
-    """A loader, its sampler, its batch sampler, and the sampler of that one: each once."""
+    """A loader, its samplers and datasets, and those that they are made of: each once.
+
+    Followed are `sampler`, `batch_sampler` and `dataset` (also of a `Subset`), and the `datasets` of a `ConcatDataset`.
+    """
     found: list[Any] = []
-    todo = [loader]
+    todo, seen = [loader], set()
     while todo:
         thing = todo.pop(0)
-        if thing is not None and all(thing is not other for other in found):
+        if thing is not None and id(thing) not in seen:
+            seen.add(id(thing))
             found.append(thing)
-            todo += [getattr(thing, name, None) for name in ("sampler", "batch_sampler")]
+            todo += [_attribute(thing, name) for name in ("sampler", "batch_sampler", "dataset")]
+            parts = _attribute(thing, "datasets")
+            todo += parts if isinstance(parts, (list, tuple)) else ()
     return found
 
 
+def _attribute(thing: Any, name: str) -> Any:
+    try:
+        return getattr(thing, name, None)
+    except Exception:  # noqa: BLE001 - a property of the user's that means something else, and cannot be had now
+        return None
+
+
 def loader_generators(loader: Any) -> list[Any]:
-    """Every random number generator that iterating `loader` may advance: its own and those of its samplers."""
+    """Every random number generator that iterating `loader` may advance: its own, those of its samplers and datasets."""
     numpy: Any = sys.modules.get("numpy")
-    kinds = (torch.Generator, random.Random, *([numpy.random.Generator] if numpy else []))
+    kinds = (torch.Generator, random.Random)
+    kinds += (numpy.random.Generator, numpy.random.RandomState) if numpy else ()
     found: list[Any] = []
     for thing in with_samplers(loader):
         for value in (getattr(thing, "generator", None), *getattr(thing, "__dict__", {}).values()):
-            if isinstance(value, kinds) and all(value is not generator for generator in found):
+            has_state = isinstance(value, kinds) and not isinstance(value, random.SystemRandom)
+            if has_state and all(value is not generator for generator in found):
                 found.append(value)
     return found
 

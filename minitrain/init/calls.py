@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from minitrain.preserve import RandomState
+from minitrain.random_states import RandomState
 
 
 class OutOfStep(BaseException):

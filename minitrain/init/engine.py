@@ -27,7 +27,7 @@ from minitrain.init.sample import Sample
 from minitrain.init.streaming import Streaming
 from minitrain.init.sweep import Norms, Sweep, Together, batch_norms, measure
 from minitrain.init.watch import Watch
-from minitrain.preserve import RandomState
+from minitrain.random_states import RandomState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
