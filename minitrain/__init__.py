@@ -34,8 +34,7 @@ from minitrain.init import (
     lsuv_,
 )
 from minitrain.learner import Learner
-
-__version__ = "0.1.0"
+from minitrain.version import __version__ as __version__
 
 __all__ = [
     "EVENTS",

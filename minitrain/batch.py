@@ -41,7 +41,7 @@ def n_samples(batch: Any) -> int:
     """
     first = batch[0] if type(batch) in (tuple, list) and batch else batch
     if not isinstance(first, Tensor):  # nested deeper
-        first = next(_tensors_in(batch), None)
+        first = next(tensors_in(batch), None)
     if first is None or first.dim() == 0:
         raise DataError(f"cannot tell how many samples are in {describe_batch(batch)}: override Learner.n_samples.")
     return len(first)
@@ -127,11 +127,12 @@ def _like(container: Any, items: list[Any]) -> Any:
         return values
 
 
-def _tensors_in(batch: Any) -> Iterator[Tensor]:
+def tensors_in(batch: Any) -> Iterator[Tensor]:
+    """Every tensor of a nested batch; not those of a `PackedSequence`, whose first dimension is time steps."""
     if isinstance(batch, Tensor):
         yield batch
-    elif isinstance(batch, PackedSequence):  # its first dimension is time steps
+    elif isinstance(batch, PackedSequence):
         return
     elif isinstance(batch, (tuple, list, Mapping)):
         for item in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _tensors_in(item)
+            yield from tensors_in(item)

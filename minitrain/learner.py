@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from minitrain import checks, runs
+from minitrain import checkpoint, checks, restore, runs
 from minitrain.batch import concatenate, n_samples, split_batch, to_device
 from minitrain.callback import Callback
 from minitrain.callbacks import History, OneCycle
@@ -24,8 +25,12 @@ from minitrain.metrics import Mean, Metric, as_metrics, compute_metrics
 from minitrain.optim import Splitter, learning_rate, rate_of
 from minitrain.passes import Pass, set_epoch
 from minitrain.peek import shuffles
-from minitrain.preserve import RandomState, loader_generators, preserve_training
+from minitrain.preserve import loader_generators, preserve_training
+from minitrain.random_states import RandomState
+from minitrain.restore import Resume
+from minitrain.snapshot import snapshot
 from minitrain.stages import Stages
+from minitrain.weights import export_weights
 
 _Measured = tuple[Tensor, int, tuple[Any, Any] | None]  # of a batch: loss, number of samples, predictions and targets
 
@@ -85,6 +90,9 @@ class Learner:
     dl: Iterable[Any] | None  # the loader of the present pass
     running_loss: Mean  # over the present pass; `.compute()` reads it
     stop_reason: str | None  # what `stop` was told
+    position: tuple[int, int] | None  # (epochs done, batches of the next one done); None where no fit could go on from
+    rng_of_epoch: RandomState | None  # as it was before the training loader was begun; None where it never was
+    save_points: list[Callable[[Learner], None]]  # called between two batches or epochs, when nothing is under way
     # Set for one batch and released after it; `before_batch` may replace the first three.
     batch: Any
     xb: Any
@@ -137,6 +145,11 @@ class Learner:
         self.history, self.init_reports, self.initialized = History(), [], False
         self.n_epochs = self.epoch = self.step_idx = self.batch_idx = self._fits = self._epochs_begun = 0
         self.resumed = self._touched = self._initializing = False
+        self.position, self.rng_of_epoch, self.save_points = (0, 0), None, []
+        self._lr: float | None = None  # what the present fit was given
+        self._began = 0.0  # when the present epoch began, by the clock
+        self._resume: Resume | None = None  # from where this fit goes on
+        self._fingerprint: dict[str, Any] | None = None  # of the present fit, once it was asked for
         self._scaled_by: torch.amp.GradScaler | None = None
         self._before: runs.Before | None = None
         self.stop_reason = None
@@ -146,61 +159,94 @@ class Learner:
     # -- the loop, top to bottom --------------------------------------------------------------------------------------
 
     def fit(
-        self, n_epochs: int, *, lr: float | None = None, cbs: Iterable[Callback] = (), resume: str | None = None
+        self,
+        n_epochs: int,
+        *,
+        lr: float | None = None,
+        cbs: Iterable[Callback] = (),
+        resume: str | os.PathLike[str] | None = None,
+        allow_changes: bool = False,
     ) -> None:
         """Train for `n_epochs`, validating after each; a row an epoch goes to `history`.
 
         Args:
-            n_epochs: How many passes over the training loader.
+            n_epochs: How many passes over the training loader; with `resume` in all, those before the checkpoint included.
             lr: The learning rate of every parameter group, for this fit only. None: as the optimiser has it.
             cbs: Callbacks for this fit only.
-            resume: Where to go on from; this version cannot yet. None starts anew.
+            resume: A checkpoint from which the fit goes on, exactly, as if it had not been interrupted; or a folder, of which
+                the newest is taken; or "auto": the folder of the `Checkpoint` among the callbacks, and a new fit where that is
+                empty. None: a new fit.
+            allow_changes: Go on although data, seed or callbacks are not those of the checkpoint.
 
         Raises:
             LoopError: Called inside a callback, or a callback raised a cancel that has nothing to cancel.
             DataError: A loader is empty or exhausted, or a batch is not of the form that `split_batch` expects.
+            CheckpointError: There is nothing to go on from, it is damaged, or of another run; nothing is changed then.
         """
-        runs.check_fit(self, n_epochs, lr, resume)
+        going_on = runs.check_fit(self, n_epochs, lr, cbs, resume, allow_changes)
         self._touched = False
-        with runs.running(self, "fit", cbs), runs.seeded(self):
+        with runs.running(self, "fit", cbs), runs.seeded(self), runs.resuming(self, going_on):
             runs.prepare(self)
-            with runs.new_fit(self, n_epochs), learning_rate(self.opt, lr), self._during("during_fit"):
+            with runs.new_fit(self, n_epochs, lr), learning_rate(self.opt, lr), self._during("during_fit"):
                 self._run("fit", self._epochs)
 
     def _epochs(self) -> None:
-        for epoch in range(self.n_epochs):
+        start = 0
+        if self._resume is not None:
+            start = self._resume.position["epoch"]
+            if not self._resume.in_epoch:
+                self._resume.finish(self)
+        for epoch in range(start, self.n_epochs):
             if self.stop_reason is not None:
                 break
             self.epoch = epoch
             self._run("epoch", self._epoch)
+            self._at_rest(epoch + 1, 0)
 
     def _epoch(self) -> None:
-        start = time.perf_counter()
+        self._began = time.perf_counter()
         whole = self._train_epoch()
         row: dict[str, Any] = {"fit": self._fits - 1, "epoch": self.epoch, "train_loss": _read(self.running_loss)}
         if self.dls.valid is not None:
             measured, validated = self._validate(self.dls.valid)
             row, whole = row | measured, whole and validated
-        row |= {"lr": rate_of(self.opt.param_groups[0]), "seconds": time.perf_counter() - start}
+        row |= {"lr": rate_of(self.opt.param_groups[0]), "seconds": time.perf_counter() - self._began}
         self.history.append(row if whole else row | {"partial": True})
         self._touch()
+        self.position = self.epoch + 1, 0
 
     def _train_epoch(self) -> bool:
         """Train on every batch; False if it ended before the last one."""
         self.dl, self.training, self.running_loss = self.dls.train, True, Mean()
-        drawing = Pass(self.dl, "training", stopped=lambda: self.stop_reason is not None)
+        n_done = self._resume.position["batch"] if self._resume is not None else 0
+        drawing = Pass(self.dl, "training", lambda: self.stop_reason is not None, self._begin_batches, n_done)
         set_epoch(self.dl, self._epochs_begun)
         self._epochs_begun += 1
         self.model.train()
         try:
-            return self._run("train", lambda: self._batches(drawing, self._train_batch)) and drawing.complete
+            return self._run("train", lambda: self._train_batches(drawing)) and drawing.complete
         finally:
             self.training = False
+
+    def _train_batches(self, drawing: Pass) -> None:
+        try:
+            self._batches(drawing, self._train_batch)
+        finally:
+            self.position = None
+
+    def _begin_batches(self) -> Iterable[Any]:
+        going_on, self._resume = self._resume, None
+        if going_on is not None and going_on.in_epoch:
+            return going_on.enter(self, self.dls.train)
+        self.rng_of_epoch = RandomState(loader_generators(self.dls.train))
+        return self.dls.train
 
     def _batches(self, drawing: Pass, body: Callable[[], None]) -> None:
         device = self.device
         for batch in drawing:
             self.batch_idx = drawing.n_drawn - 1
+            if self.training:
+                self.position = None
             self.batch = to_device(batch, device)
             del batch  # or it would live on while the next one is made
             try:
@@ -211,9 +257,17 @@ class Learner:
                 raise
             finally:
                 self._release()
+            if self.training:
+                self._at_rest(self.epoch, drawing.n_drawn)
+
+    def _at_rest(self, epoch: int, batch: int) -> None:
+        """Between two batches, or two epochs: a checkpoint that is taken now can be gone on from."""
+        self.position = epoch, batch
+        for act in self.save_points:
+            act(self)
 
     def _train_batch(self) -> None:
-        overridden = getattr(self.train_batch, "__func__", None) is not Learner.train_batch
+        overridden = self._has_own_train_batch
         if overridden:
             self._touch()  # it may have trained, and left gradients, wherever it ends
         try:
@@ -223,6 +277,11 @@ class Learner:
                 self._drop_gradients()
             raise
         self._commit()
+        self.position = self.epoch, self.batch_idx + 1
+
+    @property
+    def _has_own_train_batch(self) -> bool:
+        return getattr(self.train_batch, "__func__", None) is not Learner.train_batch
 
     def train_batch(self) -> None:
         """One training batch: forward, loss, backward, step. Override it where there are several losses or optimisers.
@@ -346,13 +405,23 @@ class Learner:
 
     # -- around the loop ----------------------------------------------------------------------------------------------
 
-    def fit_one_cycle(self, n_epochs: int, lr_max: float | None = None, *, cbs: Iterable[Callback] = ()) -> None:
+    def fit_one_cycle(
+        self,
+        n_epochs: int,
+        lr_max: float | None = None,
+        *,
+        cbs: Iterable[Callback] = (),
+        resume: str | os.PathLike[str] | None = None,
+        allow_changes: bool = False,
+    ) -> None:
         """`fit` under a one-cycle schedule of learning rate and momentum.
 
         Args:
             n_epochs: How many passes over the training loader.
             lr_max: The highest learning rate. None: the optimiser's present one.
             cbs: Callbacks for this fit only.
+            resume: As in `fit`.
+            allow_changes: As in `fit`.
 
         References:
             Smith, Topin, *Super-Convergence*, 2018, https://arxiv.org/abs/1708.07120.
@@ -362,7 +431,7 @@ class Learner:
             raise ValueError(
                 "fit_one_cycle, but there is a OneCycle among the callbacks already: call fit, or remove it."
             )
-        self.fit(n_epochs, cbs=[*cbs, OneCycle(lr_max)])
+        self.fit(n_epochs, cbs=[*cbs, OneCycle(lr_max)], resume=resume, allow_changes=allow_changes)
 
     def validate(self, dl: Iterable[Any] | None = None) -> dict[str, float]:
         """Loss and metrics over a loader, in evaluation mode; training does not notice it.
@@ -429,6 +498,58 @@ class Learner:
         with runs.seeded(self):
             runs.run_init(self)
         return self.init_report
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything that this Learner is to a file: whole or not at all, and safe from a loss of power.
+
+        It holds model, optimisers, scaler, callbacks, history, random states, and where a fit stands. A fit can go on from what
+        was saved between fits, in `after_epoch` or in `after_batch`: `fit(n, resume=path)`.
+
+        Args:
+            path: Where to. A file that is there is replaced.
+
+        Raises:
+            CheckpointError: The file cannot be written (what was there is left intact), or the state of a callback or of the
+                model is not made of plain types and tensors.
+        """
+        checkpoint.write(path, snapshot(self))
+
+    def load(self, path: str | os.PathLike[str], *, strict: bool = True, with_opt: bool = True) -> None:
+        """Take back what `save` or a `Checkpoint` has written, but for random states and position: the next fit is a new one.
+
+        The model counts as initialised. Callbacks of this Learner get their state where the file has one.
+
+        Args:
+            path: The file.
+            strict: False loads what fits: the tensors that have the same name and shape, and the optimisers if they are the
+                same.
+            with_opt: False loads the model alone, and leaves optimisers, callbacks and history as they are.
+
+        Raises:
+            CheckpointError: The file is missing, damaged, or does not fit (what is missing, unexpected or of another shape is
+                listed). Nothing is changed then.
+            LoopError: A run is in progress.
+        """
+        if self._stages is not None:
+            raise LoopError(f"load(path={str(path)!r}) during a {self.phase}: call it afterwards.")
+        for name, value in (("strict", strict), ("with_opt", with_opt)):
+            checks.check_bool(name, value)
+        restore.load(self, path, strict=strict, with_opt=with_opt, build=runs.prepare)
+
+    def export_weights(self, path: str | os.PathLike[str]) -> None:
+        """Write the model's weights and buffers as a safetensors file, which other tools read, and which cannot hold code.
+
+        Args:
+            path: Where to. A file that is there is replaced.
+
+        Raises:
+            ImportError: `safetensors` is not installed.
+            CheckpointError: The file cannot be written; what was there is left intact.
+
+        References:
+            https://github.com/huggingface/safetensors
+        """
+        export_weights(self.model, path)
 
     def stop(self, reason: str) -> None:
         """End the fit gracefully: this batch ends, no other is drawn; validation and the epoch's row still follow.

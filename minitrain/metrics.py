@@ -187,6 +187,28 @@ class Mean:
             raise LoopError(f"{self} is a mean over nothing: no sample was added since it was made or reset.")
         return (self._number + (0.0 if self._total is None else self._total.item())) / self.count
 
+    @property
+    def higher_is_better(self) -> bool | None:
+        """What the function says of itself by an attribute of this name; None where it does not."""
+        return getattr(self.func, "higher_is_better", True if self.func in (accuracy, top_k_accuracy) else None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been added so far."""
+        return {"count": self.count, "number": self._number, "total": self._total}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None = None) -> None:
+        """Take it back.
+
+        Args:
+            state: What `state_dict` gave.
+            device: Where the sum goes on. None: where it is.
+        """
+        count, number, total = state["count"], float(state["number"]), state["total"]
+        if type(count) is not int or not (total is None or (isinstance(total, Tensor) and total.ndim == 0)):
+            raise ValueError(f"this is no state of {self}.")
+        self.count, self._number = count, number
+        self._total = total if total is None else total.to(device or total.device, copy=True)
+
     def __repr__(self) -> str:
         name = self.name or _name_of(self.func)
         return f"Mean({name})" if name else "Mean()"

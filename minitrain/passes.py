@@ -16,6 +16,8 @@ class Pass:
         dl: Any iterable of batches.
         which: What the loader is for, in error messages.
         stopped: Asked before each batch is drawn; True ends the pass.
+        begin: Called when the pass begins, returns what is iterated over: the loader, or what is left of it. None: the loader.
+        n_drawn: How many batches are counted as drawn before it begins.
 
     Attributes:
         n_drawn: How many batches have been drawn so far.
@@ -30,15 +32,26 @@ class Pass:
         ([1, 2], False)
     """
 
-    def __init__(self, dl: Iterable[Any], which: str, stopped: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self,
+        dl: Iterable[Any],
+        which: str,
+        stopped: Callable[[], bool] = lambda: False,
+        begin: Callable[[], Iterable[Any]] | None = None,
+        n_drawn: int = 0,
+    ) -> None:
         self._dl, self._which, self._stopped = dl, which, stopped
+        self._begin = begin
         self._ended = False
-        self.n_drawn = 0
+        self.n_drawn = n_drawn
 
     def __iter__(self) -> Iterator[Any]:
         if self._stopped():
             return
-        for batch in self._noted():
+        batches = self._dl if self._begin is None else self._begin()
+        if self._stopped():  # a fit that goes on may turn out to have been stopped
+            return
+        for batch in self._noted(batches):
             self.n_drawn += 1
             yield batch
             del batch  # or it would live on while the next one is made
@@ -51,10 +64,10 @@ class Pass:
                 "once: pass a list or a loader. Or drop_last=True with fewer samples than a batch?"
             )
 
-    def _noted(self) -> Iterator[Any]:
+    def _noted(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The loader's batches; an error of the loader says where it happened."""
         try:
-            yield from self._dl
+            yield from batches
         except Exception as error:
             error.add_note(
                 f"while drawing batch {self.n_drawn} from the {self._which} loader ({type(self._dl).__name__})"

@@ -23,12 +23,13 @@ from minitrain.passes import set_epoch
 from minitrain.peek import peek
 from minitrain.preserve import (
     Buffers,
-    RandomState,
     loader_generators,
     parameters_unchanged_on_error,
     preserve_iterator,
     preserve_modes,
 )
+from minitrain.random_states import RandomState
+from minitrain.restore import Resume, find
 from minitrain.stages import Stages
 
 if TYPE_CHECKING:
@@ -96,13 +97,13 @@ class Before:
 
     def __init__(self, learn: Learner) -> None:
         self._learn = learn
-        self._counters = learn._fits, learn._epochs_begun
+        self._counters = learn._fits, learn._epochs_begun, learn.position
         self._rng, self._buffers = RandomState(loader_generators(learn.dls.train)), Buffers(learn.model)
         self._grads = [(p, p.grad) for p in learn.model.parameters()]
 
     def restore(self) -> None:
         """Put it all back."""
-        self._learn._fits, self._learn._epochs_begun = self._counters
+        self._learn._fits, self._learn._epochs_begun, self._learn.position = self._counters
         self._buffers.restore()
         for p, grad in self._grads:
             p.grad = grad
@@ -110,18 +111,21 @@ class Before:
 
 
 @contextmanager
-def new_fit(learn: Learner, n_epochs: int) -> Iterator[None]:
+def new_fit(learn: Learner, n_epochs: int, lr: float | None) -> Iterator[None]:
     """Counters and gradients of a fit. One that fails before it has trained on anything leaves no trace."""
     check_parameters(learn.opt, _trainable(learn))  # the model may have been replaced since it was built
+    if learn._resume is not None:
+        learn._resume.check_optimizers(learn)
     learn._before = Before(learn)
     try:
-        learn.n_epochs, learn.epoch, learn.step_idx, learn.batch_idx, learn.stop_reason = n_epochs, 0, 0, 0, None
-        learn._fits += 1
+        learn.n_epochs, learn._lr, learn._fingerprint = n_epochs, lr, None
+        _set_position(learn)
         held = {id(p) for group in learn.opt.param_groups for p in group["params"]}
         learn._strays = [p for module in _trainable(learn) for p in module.parameters() if id(p) not in held]
         learn._zero_grad()
         yield
     except BaseException:
+        learn.position = None
         if learn._before is not None:
             learn._before.restore()
         raise
@@ -129,17 +133,46 @@ def new_fit(learn: Learner, n_epochs: int) -> Iterator[None]:
         learn._before = None
 
 
-def check_fit(learn: Learner, n_epochs: Any, lr: Any, resume: Any) -> None:
-    """Everything that can be known to be wrong before anything is changed."""
+def _set_position(learn: Learner) -> None:
+    """Where the fit begins: at its first epoch, or where the one that it continues stood."""
+    learn.epoch, learn.step_idx, learn.batch_idx, learn.stop_reason, learn.position = 0, 0, 0, None, (0, 0)
+    learn.resumed = learn._resume is not None
+    if learn._resume is None:
+        learn._fits += 1
+        return
+    saved = learn._resume.position
+    done = saved["epoch"] >= learn.n_epochs or (saved["stop_reason"] is not None and not saved["batch"])
+    learn.epoch = max(saved["epoch"] - done, 0)
+    learn.step_idx, learn.batch_idx = saved["step"], saved["batch_idx"]
+    learn._fits = max(saved["fits"], 1)
+    learn._epochs_begun = saved["epochs_begun"] - (saved["batch"] > 0)  # that epoch begins once more
+    learn.position = saved["epoch"], saved["batch"]
+
+
+@contextmanager
+def resuming(learn: Learner, going_on: Resume | None) -> Iterator[None]:
+    """What is loaded before the optimiser is built, for a fit that goes on."""
+    learn._resume = going_on
+    try:
+        with nullcontext() if going_on is None else going_on.begin(learn):
+            yield
+    finally:
+        learn._resume = None
+
+
+def check_fit(
+    learn: Learner, n_epochs: Any, lr: Any, cbs: Iterable[Callback], resume: Any, allow_changes: Any
+) -> Resume | None:
+    """Everything that can be known to be wrong before anything is changed; from where the fit goes on, if it does."""
     if learn._stages is not None:
         raise LoopError(f"fit inside a callback (during a {learn.phase}): fits cannot be nested. Call it afterwards.")
     checks.check_n_epochs(n_epochs)
     checks.check_lr("lr", lr)
+    checks.check_bool("allow_changes", allow_changes)
     checks.check_model(learn.model)
     checks.check_not_empty(learn.dls.train, "training")
     checks.check_not_empty(learn.dls.valid, "validation")
-    if resume is not None:
-        raise LoopError(f"resume={resume!r}: this version of minitrain writes no checkpoints to resume from.")
+    return find(learn, n_epochs, lr, participants(learn, cbs), resume, allow_changes)
 
 
 def loader_of(learn: Learner, dl: Any) -> Iterable[Any]:

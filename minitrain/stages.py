@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakSet
 
+import torch
+
 from minitrain.batch import describe_batch
 from minitrain.callback import EVENTS, STAGES, Callback
 from minitrain.errors import Cancel, LoopError
@@ -162,6 +164,8 @@ class Stages:
                 f"{', '.join(self._place())}: the batch is {describe_batch(learn.batch)}, "
                 f"the model is {'/'.join(dtypes) or 'without parameters'} on {learn.device}"
             )
+            if _is_out_of_memory(error):
+                error.add_note(_out_of_memory(learn))
             self._blamed = error
 
     def _place(self, with_batch: bool = True, with_epoch: bool = False) -> list[str]:
@@ -181,6 +185,22 @@ class Stages:
             if functions
         ]
         return "\n".join(lines)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def _out_of_memory(learn: Learner) -> str:
+    try:
+        size = f" of {learn.n_samples(learn.batch)} samples"
+    except Exception:  # noqa: BLE001 - whatever fails here, it is the first error that is to be seen
+        size = ""
+    return (
+        f"Out of memory on a batch{size}. Try a smaller batch_size, and make up for it by a step every few batches "
+        "(CancelStep in after_backward); bfloat16 (autocast in during_forward); torch.utils.checkpoint in the model; or a "
+        "smaller model."
+    )
 
 
 class _Contexts:

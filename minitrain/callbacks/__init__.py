@@ -1,5 +1,6 @@
 """The callbacks that ship with minitrain, and the history that they read."""
 
+from minitrain.callbacks.checkpoint import Checkpoint
 from minitrain.callbacks.diagnose import Diagnose
 from minitrain.callbacks.findings import Finding
 from minitrain.callbacks.history import History
@@ -10,6 +11,7 @@ from minitrain.callbacks.stats import ActivationStats, GradientStats
 
 __all__ = [
     "ActivationStats",
+    "Checkpoint",
     "Diagnose",
     "Finding",
     "GradientStats",

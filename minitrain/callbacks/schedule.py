@@ -159,12 +159,30 @@ class OneCycle(Callback):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the rates back; within a fit also go on in the cycle."""
-        self.lrs, self.momentums = list(state["lrs"]), list(state["momentums"])
-        if self._scheduler is not None and "scheduler" in state:
-            self._scheduler.load_state_dict(state["scheduler"])
-            _put_back(self._scheduler.optimizer, state["groups"])
+        """Take the rates back; within a fit also go on in the cycle.
+
+        Raises:
+            ValueError: The state is of another cycle: of another length, another highest rate, or other options.
+        """
+        scheduler = self._scheduler
+        if scheduler is not None and "scheduler" in state:
+            saved, own = state["scheduler"], scheduler.state_dict()
+            if saved["total_steps"] != own["total_steps"]:
+                raise ValueError(
+                    f"the cycle was of {saved['total_steps']} steps, now it is of {own['total_steps']}. Train for as many "
+                    "epochs as it was made for; then load the result, and begin another fit."
+                )
+            for key in own:
+                if key not in ("last_epoch", "_step_count", "_last_lr") and saved[key] != own[key]:
+                    raise ValueError(f"the cycle was made with {key}={saved[key]!r:.80}, now it is {own[key]!r}.")
+            if len(state["groups"]) != len(scheduler.optimizer.param_groups) or len(state["before"]) != len(
+                self._before
+            ):
+                raise ValueError("the cycle was made for another number of parameter groups.")
+            scheduler.load_state_dict({key: saved[key] for key in own})
+            _put_back(scheduler.optimizer, state["groups"])
             self._before = state["before"]
+        self.lrs, self.momentums = list(state["lrs"]), list(state["momentums"])
 
 
 def _try_out(total_steps: int | None, options: dict[str, Any]) -> None:

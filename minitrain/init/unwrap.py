@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from minitrain.errors import InitError
+from minitrain.wrappers import inner
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -17,15 +18,9 @@ def unwrap(model: nn.Module) -> nn.Module:
     """
     if isinstance(model, type):
         raise TypeError(f"model={model.__name__} is a class, wanted an instance: did you forget ()?")
-    while True:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model={model!r} (type={type(model).__name__}), wanted a torch.nn.Module.")
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif "_orig_mod" in model._modules:  # torch.compile's OptimizedModule; importing it would import its compiler
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            break
+    model = inner(model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r} (type={type(model).__name__}), wanted a torch.nn.Module.")
     for name, module in model.named_modules():
         _check_module(f"{name!r} ({type(module).__name__})" if name else f"the model ({type(module).__name__})", module)
     return model

@@ -1,0 +1,144 @@
+"""The state of an optimiser by the names of its parameters, which torch keeps by their position.
+
+Positions are not enough: where two parameters change places, their moments would be swapped in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from minitrain.wrappers import inner
+
+
+def parameter_names(model: nn.Module, loss_func: Any = None) -> dict[nn.Parameter, str]:
+    """Every parameter of a model, and of a loss that has some, with its name."""
+    names = {p: name for name, p in inner(model).named_parameters()}
+    if isinstance(loss_func, nn.Module):
+        for name, p in inner(loss_func).named_parameters():
+            names.setdefault(p, f"loss_func.{name}")
+    return names
+
+
+def optimizer_state(opt: Any, names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
+    """What `opt.state_dict()` gives, with names in place of positions.
+
+    Args:
+        opt: A torch optimiser, or one that keeps its state in the same form. Of another form the state is kept as it is.
+        names: The name of each parameter. One that has none is kept by its position.
+
+    Returns:
+        `{"class": ..., "groups": [{"params": [names], ...}], "state": {name: ...}}`, or `{"class": ..., "raw": ...}`.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Linear(2, 1)
+        >>> opt = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> optimizer_state(opt, parameter_names(model))["groups"][0]["params"]
+        ['weight', 'bias']
+    """
+    state, own = opt.state_dict(), type(opt).__name__
+    if not _is_standard(state, opt):
+        return {"class": own, "raw": state}
+    named = _named(opt, names)
+    groups = [
+        {**{key: value for key, value in group.items() if key not in ("params", "param_names")}, "params": list(params)}
+        for group, params in zip(state["param_groups"], named, strict=True)
+    ]
+    by_position = _positions(state, named)
+    kept = {by_position.get(key, f"?{key}"): value for key, value in state["state"].items()}
+    return {"class": own, "groups": groups, "state": kept}
+
+
+def optimizer_differences(opt: Any, saved: Any, names: Mapping[nn.Parameter, str]) -> list[str]:
+    """Why a saved state does not fit an optimiser, a sentence each; nothing where it does."""
+    own = type(opt).__name__
+    if saved["class"] != own:
+        return [f"the optimiser was {saved['class']!r:.60}, now it is {own!r}"]
+    if "raw" in saved:
+        return []
+    groups, here = saved["groups"], _named(opt, names)
+    if len(groups) != len(here):
+        return [f"the optimiser had {len(groups)} parameter groups, now it has {len(here)}"]
+    found: list[str] = []
+    for i, (group, present, params) in enumerate(zip(groups, opt.param_groups, here, strict=True)):
+        there = group["params"]
+        gone, new = [n for n in there if n not in params], [n for n in params if n not in there]
+        if gone or new or len(there) != len(params):
+            changes = [f"{what} {_listed(those)}" for what, those in (("without", gone), ("and with", new)) if those]
+            found.append(f"group {i} of the optimiser now is {' '.join(changes) or 'of other parameters'}")
+        for key, value in present.items():
+            if key not in ("params", "param_names") and (key not in group or not _alike(group[key], value)):
+                got = repr(group[key])[:40] if key in group else "nothing"
+                found.append(f"group {i} of the optimiser has {key}={got} in place of one like {value!r:.40}")
+    if unknown := [key for key in saved["state"] if not isinstance(key, str)]:
+        found.append(f"the optimiser has state of {unknown[0]!r:.40}, which is no parameter")
+    return found
+
+
+def load_optimizer(opt: Any, saved: Any, names: Mapping[nn.Parameter, str]) -> None:
+    """Take back what `optimizer_state` gave, to the bit; `optimizer_differences` has found none."""
+    if "raw" in saved:
+        opt.load_state_dict(saved["raw"])
+        return
+    here = _named(opt, names)
+    positions: dict[str, int] = {}
+    for name in (name for params in here for name in params):
+        positions.setdefault(name, len(positions))
+    groups = [
+        {**{key: value for key, value in group.items() if key != "params"}, "params": [positions[n] for n in params]}
+        for group, params in zip(saved["groups"], here, strict=True)
+    ]
+    for group, present in zip(groups, opt.param_groups, strict=True):
+        if "param_names" in present:
+            group["param_names"] = present["param_names"]
+    state = {positions.get(name, name): value for name, value in saved["state"].items()}
+    opt.load_state_dict({"state": state, "param_groups": groups})
+    for group, params in zip(opt.param_groups, here, strict=True):
+        for p, name in zip(group["params"], params, strict=True):
+            for key, value in saved["state"].get(name, {}).items():
+                now = opt.state[p].get(key)
+                if isinstance(value, Tensor) and isinstance(now, Tensor) and now.dtype != value.dtype:
+                    opt.state[p][key] = value.to(now.device)  # torch has made it of the parameter's dtype
+
+
+def _is_standard(state: Any, opt: Any) -> bool:
+    """Whether parameters go by their positions, counted over the groups."""
+    if not isinstance(state, dict) or not {"state", "param_groups"} <= set(state):
+        return False
+    lengths = [len(group["params"]) for group in state["param_groups"]]
+    return lengths == [len(group["params"]) for group in opt.param_groups]
+
+
+def _named(opt: Any, names: Mapping[nn.Parameter, str]) -> list[list[str]]:
+    """The names of the parameters of each group."""
+    found: dict[Any, str] = {}
+    for group in opt.param_groups:
+        for p in group["params"]:
+            found.setdefault(p, names.get(p, f"?{len(found)}"))
+    return [[found[p] for p in group["params"]] for group in opt.param_groups]
+
+
+def _positions(state: Any, named: list[list[str]]) -> dict[Any, str]:
+    return {
+        position: name
+        for group, params in zip(state["param_groups"], named, strict=True)
+        for position, name in zip(group["params"], params, strict=True)
+    }
+
+
+def _alike(saved: Any, present: Any) -> bool:
+    """Whether a value of a parameter group can stand for another: numbers for numbers, pairs for pairs."""
+    if isinstance(present, (tuple, list)):
+        return isinstance(saved, (tuple, list)) and len(saved) == len(present) and all(map(_alike, saved, present))
+    if isinstance(present, (int, float, Tensor)) and not isinstance(present, bool):
+        return isinstance(saved, (int, float, Tensor)) and not isinstance(saved, bool)
+    if present is None or isinstance(present, bool):
+        return saved is None or isinstance(saved, (bool, int, float))
+    return type(saved) is type(present)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

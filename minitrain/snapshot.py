@@ -1,0 +1,233 @@
+"""`snapshot`: everything that a checkpoint holds of a Learner, and how weights and optimisers come back, all or nothing."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from minitrain.checks import state_key
+from minitrain.errors import CheckpointError
+from minitrain.fingerprint import fingerprint, versions
+from minitrain.optimizer_state import (
+    load_optimizer,
+    optimizer_differences,
+    optimizer_state,
+    parameter_names,
+)
+from minitrain.preserve import Buffers, loader_generators
+from minitrain.random_states import RandomState
+from minitrain.skip import loader_state
+from minitrain.wrappers import inner
+
+if TYPE_CHECKING:
+    from minitrain.learner import Learner
+
+
+def snapshot(learn: Learner) -> dict[str, Any]:
+    """The state of a Learner as nested plain values; its tensors are the living ones, nothing is copied.
+
+    Returns:
+        A dict of `versions`, `position` (None where a run could not go on from here), `fingerprint`, `model`,
+        `hidden_buffers` (those that are not persistent), `loss_func`, `optimizers`, `scaler`, `frozen` (names of parameters),
+        `grads` (those that wait for a step), `callbacks`, `history`, `rng`.
+    """
+    names = parameter_names(learn.model, learn.loss_func)
+    opts = {"opt": learn._opt, **{f"opts.{name}": opt for name, opt in learn.opts.items()}}
+    states = {state_key(cb): cb.state_dict() for cb in learn.cbs}
+    position = _position(learn)
+    return {
+        "versions": versions(),
+        "position": position,
+        "fingerprint": _fingerprint(learn),
+        "model": inner(learn.model).state_dict(),
+        "hidden_buffers": {name: buffer for name, _, _, buffer in hidden_buffers(learn.model)},
+        "loss_func": learn.loss_func.state_dict() if isinstance(learn.loss_func, nn.Module) else {},
+        "optimizers": {key: optimizer_state(opt, names) for key, opt in opts.items() if opt is not None},
+        "scaler": None if learn.scaler is None else learn.scaler.state_dict(),
+        "frozen": [name for p, name in names.items() if not p.requires_grad],
+        "grads": {} if position is None else {name: p.grad for p, name in names.items() if p.grad is not None},
+        "callbacks": {key: state for key, state in states.items() if state},
+        "history": list(learn.history),
+        "rng": RandomState(loader_generators(learn.dls.train)).state_dict(),
+    }
+
+
+def _fingerprint(learn: Learner) -> dict[str, Any]:
+    """That of the present fit is made once: to look at the data takes longer than a step of a small net."""
+    if learn.phase is None:
+        return fingerprint(learn, learn._lr)
+    if learn._fingerprint is None:
+        learn._fingerprint = fingerprint(learn, learn._lr)
+    return learn._fingerprint
+
+
+def _position(learn: Learner) -> dict[str, Any] | None:
+    """Where the run goes on: after so many epochs, and so many batches of the next one."""
+    if learn.position is None:
+        return None
+    epoch, batch = learn.position
+    position: dict[str, Any] = {
+        "epoch": epoch,
+        "batch": batch,
+        "step": learn.step_idx,
+        "batch_idx": learn.batch_idx,
+        "n_epochs": learn.n_epochs,
+        "fits": learn._fits,
+        "epochs_begun": learn._epochs_begun,
+        "stop_reason": learn.stop_reason,
+    }
+    if learn.rng_of_epoch is not None:
+        position["loader"] = loader_state(learn.dls.train)
+    if batch:
+        assert learn.rng_of_epoch is not None
+        position |= {
+            "seconds": time.perf_counter() - learn._began,
+            "running_loss": learn.running_loss.state_dict(),
+            "rng_of_epoch": learn.rng_of_epoch.state_dict(),
+        }
+    return position
+
+
+def hidden_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor | None]]:
+    """The buffers that a `state_dict` leaves out, by name, each with its module and its name there."""
+    for prefix, module in inner(model).named_modules():
+        for name in sorted(module._non_persistent_buffers_set & set(module._buffers)):
+            buffer = module._buffers[name]
+            if buffer is None or not is_lazy(buffer):
+                yield f"{prefix}.{name}" if prefix else name, module, name, buffer
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+
+def model_differences(module: Any, saved: Any, what: str = "the model") -> list[str]:
+    """Why the tensors of a file do not fit a module: what is missing, unexpected, or of another shape, a sentence each."""
+    if not isinstance(saved, Mapping):
+        return [f"the state of {what} is {saved!r:.40} in place of tensors by name"]
+    own = inner(module).state_dict()
+    missing, unexpected = [n for n in own if n not in saved], [n for n in saved if n not in own]
+    found = [f"missing in the file: {listed(missing)}"] if missing else []
+    found += [f"unexpected in the file, since {what} has no such names: {listed(unexpected)}"] if unexpected else []
+    shapes = {
+        name: (_shape(saved[name]), _shape(own[name])) for name in own if name in saved and not is_lazy(own[name])
+    }
+    wrong = [f"{name!r} is {a} in the file and {b} here" for name, (a, b) in shapes.items() if a != b]
+    return found + ([f"of another shape: {listed(wrong, quote=False)}"] if wrong else [])
+
+
+def load_model(module: Any, saved: Mapping[str, Any], hidden: Mapping[str, Any]) -> None:
+    """Copy what fits into a module's parameters and buffers, in place."""
+    own = inner(module).state_dict()
+    fits = {n: v for n, v in saved.items() if n in own and (is_lazy(own[n]) or _shape(own[n]) == _shape(v))}
+    inner(module).load_state_dict(fits, strict=False)
+    for name, owner, key, buffer in list(hidden_buffers(module)):
+        if name in hidden:
+            _set_buffer(owner, key, buffer, hidden[name])
+
+
+def _set_buffer(owner: nn.Module, key: str, buffer: Tensor | None, value: Any) -> None:
+    if value is None or buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+        device = next((t.device for t in (buffer, *owner.parameters(), *owner.buffers()) if t is not None), None)
+        owner._buffers[key] = None if value is None else value.to(device, copy=True)
+    else:
+        with torch.no_grad():
+            buffer.copy_(value)
+
+
+def _shape(value: Any) -> Any:
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+
+
+def listed(things: list[str], quote: bool = True) -> str:
+    """The first ten of some names, and how many there are besides."""
+    texts = [repr(thing)[:80] if quote else thing for thing in things[:10]]
+    return ", ".join(texts) + (f" and {len(things) - 10} more" if len(things) > 10 else "")
+
+
+# -- all or nothing ---------------------------------------------------------------------------------------------------
+
+_OWN = ("_opt", "initialized", "_fits", "_epochs_begun", "resumed", "position", "stop_reason")
+
+
+class Undo:
+    """What is needed to put a Learner back to where it was: weights, buffers, optimisers, scaler, history, counters."""
+
+    def __init__(self, learn: Learner) -> None:
+        self._learn = learn
+        self._own = {name: getattr(learn, name) for name in _OWN}
+        self._history = list(learn.history)
+        modules = [m for m in (learn.model, learn.loss_func) if isinstance(m, nn.Module)]
+        self._modules = [(inner(m), _copied(inner(m).state_dict())) for m in modules]
+        self._buffers = [Buffers(m) for m in modules]
+        self._grads = [(p, p.grad) for m in modules for p in m.parameters()]
+        opts = [opt for opt in (learn._opt, *learn.opts.values()) if opt is not None]
+        self._opts = [(opt, copy.deepcopy(opt.state_dict())) for opt in opts]
+        self._scaler = None if learn.scaler is None else learn.scaler.state_dict()
+
+    def restore(self) -> None:
+        """Put it all back."""
+        vars(self._learn).update(self._own)
+        self._learn.history[:] = self._history
+        for module, state in self._modules:
+            module.load_state_dict(state, strict=False)
+        for buffers in self._buffers:
+            buffers.restore()
+        for p, grad in self._grads:
+            p.grad = grad
+        for opt, state in self._opts:
+            opt.load_state_dict(state)
+        if self._scaler is not None and self._learn.scaler is not None:
+            self._learn.scaler.load_state_dict(self._scaler)
+
+
+def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: copy.deepcopy(value) for key, value in state.items() if not is_lazy(value)}
+
+
+@contextmanager
+def applying(path: Any, what: str) -> Iterator[None]:
+    """An error inside says that it is the file's content that cannot be used."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"path={str(path)!r}: {what} cannot be used here ({type(error).__name__}: {error}). Nothing has been changed."
+        ) from error
+
+
+# -- optimisers -------------------------------------------------------------------------------------------------------
+
+
+def named_optimizers(learn: Learner) -> dict[str, Any]:
+    """The optimisers by the names under which a checkpoint keeps them."""
+    return {"opt": learn.opt, **{f"opts.{name}": opt for name, opt in learn.opts.items()}}
+
+
+def training_differences(learn: Learner, saved: Mapping[str, Any]) -> list[str]:
+    """Why the optimisers of a file do not fit those of a Learner, a sentence each."""
+    names, found = parameter_names(learn.model, learn.loss_func), []
+    opts = named_optimizers(learn)
+    for key in [*opts, *(key for key in saved if key not in opts)]:
+        if key not in saved:
+            found.append(f"the file has no state of learn.{key}")
+        elif key not in opts:
+            found.append(f"the file has a state of learn.{key!s:.40}, which is not here")
+        else:
+            found += [f"learn.{key}: {text}" for text in optimizer_differences(opts[key], saved[key], names)]
+    return found
+
+
+def load_optimizers(learn: Learner, saved: Mapping[str, Any]) -> None:
+    """Take back the state of every optimiser."""
+    names = parameter_names(learn.model, learn.loss_func)
+    for key, opt in named_optimizers(learn).items():
+        load_optimizer(opt, saved[key], names)
