@@ -31,21 +31,24 @@ def fingerprint(learn: Learner, lr: float | None) -> dict[str, Any]:
 
     Returns:
         A nested dict of plain values: the loaders (kind, batches, samples, batch size, order, a checksum of the content where
-        the tensors are at hand), seed, learning rate, kind of device.
+        the tensors are at hand), seed, the learning rate of the fit.
     """
-    rate = learn._opt_args[1] if lr is None else lr
     return {
         "train": loader_facts(learn.dls.train),
         "valid": None if learn.dls.valid is None else loader_facts(learn.dls.valid),
         "seed": None if learn._seed is None else int(learn._seed),
-        "lr": None if rate is None else float(rate),
-        "device": learn.device.type,
+        "lr": None if lr is None else float(lr),
     }
 
 
-def versions() -> dict[str, str]:
-    """The versions on which the bits of a run depend."""
-    return {"minitrain": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+def versions(device: torch.device) -> dict[str, str]:
+    """On what else the bits of a run depend, though it may go on elsewhere."""
+    return {
+        "minitrain": __version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "device": device.type,
+    }
 
 
 def differences(saved: Any, present: Any, where: str = "") -> list[str]:

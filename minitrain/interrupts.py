@@ -13,8 +13,9 @@ from typing import Any
 class Interrupts:
     """Note the first SIGINT or SIGTERM instead of acting on it.
 
-    A context: handlers are as before on exit. A second signal does at once what the handler from before would have done. A
-    signal that is ignored stays so.
+    A context: handlers are as before on exit. From the first signal on nobody hears of children that die: a signal to the
+    whole group of processes reaches a loader's workers, too. A second signal does at once what the handler from before would
+    have done. A signal that is ignored stays so.
 
     Args:
         at_once: Called before a second signal acts.
@@ -57,9 +58,16 @@ class Interrupts:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.pending is None:
             self.pending = number
+            self._spare_children()
             return
         self._at_once()
         self._act(number, frame)
+
+    def _spare_children(self) -> None:
+        """Let no death of a worker interrupt what is under way: it may have got the same signal, and torch would raise."""
+        child = getattr(signal, "SIGCHLD", None)
+        if child is not None and callable(signal.getsignal(child)):
+            self._before.setdefault(child, signal.signal(child, signal.SIG_DFL))
 
     def go_on(self) -> None:
         """Do what the pending signal would have done: raise `KeyboardInterrupt`, or `SystemExit` where it would have killed."""

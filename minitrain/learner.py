@@ -147,6 +147,7 @@ class Learner:
         self.resumed = self._touched = self._initializing = False
         self.position, self.rng_of_epoch, self.save_points = (0, 0), None, []
         self._lr: float | None = None  # what the present fit was given
+        self._groups_at_rest: list[dict[str, Any]] = []  # values of the parameter groups when the present fit began
         self._began = 0.0  # when the present epoch began, by the clock
         self._resume: Resume | None = None  # from where this fit goes on
         self._fingerprint: dict[str, Any] | None = None  # of the present fit, once it was asked for
@@ -231,8 +232,10 @@ class Learner:
     def _train_batches(self, drawing: Pass) -> None:
         try:
             self._batches(drawing, self._train_batch)
-        finally:
-            self.position = None
+        except Cancel:
+            self.position = None  # from here it would go on with a batch that is not to come
+            raise
+        self.position = None
 
     def _begin_batches(self) -> Iterable[Any]:
         going_on, self._resume = self._resume, None

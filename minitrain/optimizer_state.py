@@ -5,7 +5,8 @@ Positions are not enough: where two parameters change places, their moments woul
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,7 +31,8 @@ def optimizer_state(opt: Any, names: Mapping[nn.Parameter, str]) -> dict[str, An
         names: The name of each parameter. One that has none is kept by its position.
 
     Returns:
-        `{"class": ..., "groups": [{"params": [names], ...}], "state": {name: ...}}`, or `{"class": ..., "raw": ...}`.
+        `{"class": ..., "defaults": {...}, "groups": [{"params": [names], ...}], "state": {name: ...}}`, or
+        `{"class": ..., "raw": ...}`.
 
     Example:
         >>> import torch
@@ -49,7 +51,7 @@ def optimizer_state(opt: Any, names: Mapping[nn.Parameter, str]) -> dict[str, An
     ]
     by_position = _positions(state, named)
     kept = {by_position.get(key, f"?{key}"): value for key, value in state["state"].items()}
-    return {"class": own, "groups": groups, "state": kept}
+    return {"class": own, "defaults": _defaults(opt), "groups": groups, "state": kept}
 
 
 def optimizer_differences(opt: Any, saved: Any, names: Mapping[nn.Parameter, str]) -> list[str]:
@@ -70,7 +72,7 @@ def optimizer_differences(opt: Any, saved: Any, names: Mapping[nn.Parameter, str
             changes = [f"{what} {_listed(those)}" for what, those in (("without", gone), ("and with", new)) if those]
             found.append(f"group {i} of the optimiser now is {' '.join(changes) or 'of other parameters'}")
         for key, value in present.items():
-            if key not in ("params", "param_names") and (key not in group or not _alike(group[key], value)):
+            if key not in ("params", "param_names") and (key not in group or not alike(group[key], value)):
                 got = repr(group[key])[:40] if key in group else "nothing"
                 found.append(f"group {i} of the optimiser has {key}={got} in place of one like {value!r:.40}")
     if unknown := [key for key in saved["state"] if not isinstance(key, str)]:
@@ -78,8 +80,33 @@ def optimizer_differences(opt: Any, saved: Any, names: Mapping[nn.Parameter, str
     return found
 
 
-def load_optimizer(opt: Any, saved: Any, names: Mapping[nn.Parameter, str]) -> None:
-    """Take back what `optimizer_state` gave, to the bit; `optimizer_differences` has found none."""
+def changed_defaults(opt: Any, saved: Any) -> list[str]:
+    """The options with which an optimiser was made that are others than those of a saved state, such as `weight_decay`."""
+    there, here = saved.get("defaults", {}), _defaults(opt)
+    return [key for key in here if key in there and there[key] != here[key]]
+
+
+def values_of_groups(opt: Any) -> list[dict[str, Any]]:
+    """The values of every parameter group, without its parameters: a copy, that training does not change."""
+    left_out = ("params", "param_names")
+    groups = [{key: value for key, value in group.items() if key not in left_out} for group in opt.param_groups]
+    return copy.deepcopy(groups)
+
+
+def load_optimizer(
+    opt: Any,
+    saved: Any,
+    names: Mapping[nn.Parameter, str],
+    values: Sequence[Mapping[str, Any]] | None = None,
+) -> None:
+    """Take back what `optimizer_state` gave, to the bit; `optimizer_differences` has found none.
+
+    Args:
+        opt: The optimiser.
+        saved: The state.
+        names: The name of each parameter.
+        values: What the parameter groups get in place of the saved values. None: those.
+    """
     if "raw" in saved:
         opt.load_state_dict(saved["raw"])
         return
@@ -91,6 +118,8 @@ def load_optimizer(opt: Any, saved: Any, names: Mapping[nn.Parameter, str]) -> N
         {**{key: value for key, value in group.items() if key != "params"}, "params": [positions[n] for n in params]}
         for group, params in zip(saved["groups"], here, strict=True)
     ]
+    if values is not None:
+        groups = [{**own, "params": group["params"]} for group, own in zip(groups, values, strict=True)]
     for group, present in zip(groups, opt.param_groups, strict=True):
         if "param_names" in present:
             group["param_names"] = present["param_names"]
@@ -102,6 +131,14 @@ def load_optimizer(opt: Any, saved: Any, names: Mapping[nn.Parameter, str]) -> N
                 now = opt.state[p].get(key)
                 if isinstance(value, Tensor) and isinstance(now, Tensor) and now.dtype != value.dtype:
                     opt.state[p][key] = value.to(now.device)  # torch has made it of the parameter's dtype
+
+
+def _defaults(opt: Any) -> dict[str, Any]:
+    """What may change the bits, and is plain: not by which kernel they are computed."""
+    kinds = (bool, int, float, str, tuple, type(None))
+    kernels = ("foreach", "fused", "capturable", "differentiable")
+    defaults = getattr(opt, "defaults", {})
+    return {key: value for key, value in defaults.items() if key not in kernels and isinstance(value, kinds)}
 
 
 def _is_standard(state: Any, opt: Any) -> bool:
@@ -129,10 +166,10 @@ def _positions(state: Any, named: list[list[str]]) -> dict[Any, str]:
     }
 
 
-def _alike(saved: Any, present: Any) -> bool:
+def alike(saved: Any, present: Any) -> bool:
     """Whether a value of a parameter group can stand for another: numbers for numbers, pairs for pairs."""
     if isinstance(present, (tuple, list)):
-        return isinstance(saved, (tuple, list)) and len(saved) == len(present) and all(map(_alike, saved, present))
+        return isinstance(saved, (tuple, list)) and len(saved) == len(present) and all(map(alike, saved, present))
     if isinstance(present, (int, float, Tensor)) and not isinstance(present, bool):
         return isinstance(saved, (int, float, Tensor)) and not isinstance(saved, bool)
     if present is None or isinstance(present, bool):

@@ -19,7 +19,7 @@ from minitrain.checks import state_key
 from minitrain.errors import CheckpointError
 from minitrain.fingerprint import differences, fingerprint, versions
 from minitrain.folder import newest
-from minitrain.optimizer_state import parameter_names
+from minitrain.optimizer_state import changed_defaults, parameter_names, values_of_groups
 from minitrain.passes import loader_length
 from minitrain.preserve import loader_generators
 from minitrain.random_states import RandomState
@@ -30,6 +30,7 @@ from minitrain.snapshot import (
     load_model,
     load_optimizers,
     model_differences,
+    named_optimizers,
     training_differences,
 )
 
@@ -76,7 +77,7 @@ def _load_training(
     if saved := state["optimizers"]:
         build(learn)
         if not (found := unlike + training_differences(learn, saved)):
-            load_optimizers(learn, saved)
+            load_optimizers(learn, saved, at_rest=True)
         elif strict:
             _refuse(path, found, "with_opt=False loads the model alone")
         else:
@@ -137,10 +138,12 @@ class Resume:
         found += [f"the callback {key!r:.60} is missing" for key in state["callbacks"] if key not in keys]
         if not allow_changes:
             _refuse(path, found, "fit(..., allow_changes=True) goes on nevertheless, though not exactly")
-        self._check_versions()
+        self._allow_changes = allow_changes
+        self._changed: dict[str, list[str]] = {}  # of each optimiser the options that are now others
+        self._check_versions(learn)
 
-    def _check_versions(self) -> None:
-        changed = differences(self._state["versions"], versions())
+    def _check_versions(self, learn: Learner) -> None:
+        changed = differences(self._state["versions"], versions(learn.device))
         if changed:
             warnings.warn(f"path={str(self.path)!r}: {'; '.join(changed)}. The bits may differ.", stacklevel=5)
 
@@ -166,8 +169,20 @@ class Resume:
 
     def check_optimizers(self, learn: Learner) -> None:
         """Raise `CheckpointError` unless the optimisers, which have been built by now, are those of the checkpoint."""
+        saved = self._state["optimizers"]
         with applying(self.path, "the optimiser"):
-            _refuse(self.path, training_differences(learn, self._state["optimizers"]), "build it as it was")
+            _refuse(self.path, training_differences(learn, saved), "build it as it was")
+            opts = named_optimizers(learn)
+            self._changed = {key: changed_defaults(opt, saved[key]) for key, opt in opts.items()}
+            found = [
+                f"learn.{key}: {name} was {saved[key]['defaults'][name]!r:.40}, now it is {opts[key].defaults[name]!r:.40}"
+                for key, names in self._changed.items()
+                for name in names
+            ]
+            if not self._allow_changes:
+                _refuse(self.path, found, "fit(..., allow_changes=True) goes on with what is now")
+        if self._state["fingerprint"].get("lr") != learn._lr and learn._lr is not None:
+            self._changed["opt"].append("lr")
 
     def enter(self, learn: Learner, loader: Any) -> Iterator[Any]:
         """The rest of the epoch, entered by index; then everything is loaded that changes while a fit goes on."""
@@ -190,7 +205,7 @@ class Resume:
             rng = RandomState.from_state_dict(state["rng"], loader_generators(learn.dls.train))
             self._check_scaler(learn)
             _load_weights(learn, state)
-            load_optimizers(learn, state["optimizers"])
+            self._load_optimizers(learn)
             for p, name in names.items():
                 if p.requires_grad != (name not in state["frozen"]):
                     p.requires_grad_(not p.requires_grad)
@@ -206,6 +221,15 @@ class Resume:
             _load_callbacks(learn.cbs, state["callbacks"])
             learn.step_idx, learn.stop_reason = position["step"], position["stop_reason"]
         rng.restore()
+
+    def _load_optimizers(self, learn: Learner) -> None:
+        """The optimisers as they were, but for options that are now others: those begin to count here."""
+        opts = named_optimizers(learn)
+        now = {key: values_of_groups(opts[key]) for key, names in self._changed.items() if names}
+        load_optimizers(learn, self._state["optimizers"], at_rest=False)
+        for key, groups in now.items():
+            for group, values in zip(opts[key].param_groups, groups, strict=True):
+                group.update({name: values[name] for name in self._changed[key] if name in values})
 
     def _check_scaler(self, learn: Learner) -> None:
         if (learn.scaler is None) != (self._state["scaler"] is None):

@@ -19,6 +19,7 @@ from minitrain.data import check_loader
 from minitrain.errors import DataError, InitError, LoopError
 from minitrain.init import InitReport, InitStage
 from minitrain.optim import build_optimizer, check_parameters
+from minitrain.optimizer_state import values_of_groups
 from minitrain.passes import set_epoch
 from minitrain.peek import peek
 from minitrain.preserve import (
@@ -114,11 +115,13 @@ class Before:
 def new_fit(learn: Learner, n_epochs: int, lr: float | None) -> Iterator[None]:
     """Counters and gradients of a fit. One that fails before it has trained on anything leaves no trace."""
     check_parameters(learn.opt, _trainable(learn))  # the model may have been replaced since it was built
+    learn._lr = lr
     if learn._resume is not None:
         learn._resume.check_optimizers(learn)
     learn._before = Before(learn)
     try:
-        learn.n_epochs, learn._lr, learn._fingerprint = n_epochs, lr, None
+        learn.n_epochs, learn._fingerprint = n_epochs, None
+        learn._groups_at_rest = values_of_groups(learn.opt)
         _set_position(learn)
         held = {id(p) for group in learn.opt.param_groups for p in group["params"]}
         learn._strays = [p for module in _trainable(learn) for p in module.parameters() if id(p) not in held]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from minitrain.callback import Callback
 from minitrain.checks import state_key
 from minitrain.errors import CheckpointError
 from minitrain.fingerprint import fingerprint, versions
@@ -40,16 +41,16 @@ def snapshot(learn: Learner) -> dict[str, Any]:
     """
     names = parameter_names(learn.model, learn.loss_func)
     opts = {"opt": learn._opt, **{f"opts.{name}": opt for name, opt in learn.opts.items()}}
-    states = {state_key(cb): cb.state_dict() for cb in learn.cbs}
+    states = {state_key(cb): _state_of(cb) for cb in learn.cbs}
     position = _position(learn)
     return {
-        "versions": versions(),
+        "versions": versions(learn.device),
         "position": position,
         "fingerprint": _fingerprint(learn),
         "model": inner(learn.model).state_dict(),
         "hidden_buffers": {name: buffer for name, _, _, buffer in hidden_buffers(learn.model)},
         "loss_func": learn.loss_func.state_dict() if isinstance(learn.loss_func, nn.Module) else {},
-        "optimizers": {key: optimizer_state(opt, names) for key, opt in opts.items() if opt is not None},
+        "optimizers": {key: _optimizer(learn, key, opt, names) for key, opt in opts.items() if opt is not None},
         "scaler": None if learn.scaler is None else learn.scaler.state_dict(),
         "frozen": [name for p, name in names.items() if not p.requires_grad],
         "grads": {} if position is None else {name: p.grad for p, name in names.items() if p.grad is not None},
@@ -57,6 +58,20 @@ def snapshot(learn: Learner) -> dict[str, Any]:
         "history": list(learn.history),
         "rng": RandomState(loader_generators(learn.dls.train)).state_dict(),
     }
+
+
+def _optimizer(learn: Learner, key: str, opt: Any, names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
+    """Its state, and in the midst of a fit also what its groups will be given back when that ends."""
+    at_rest = {"at_rest": learn._groups_at_rest} if key == "opt" and learn.phase == "fit" else {}
+    return optimizer_state(opt, names) | at_rest
+
+
+def _state_of(cb: Callback) -> dict[str, Any]:
+    try:
+        return cb.state_dict()
+    except Exception as error:
+        error.add_note(f"{type(cb).__name__}.state_dict")
+        raise
 
 
 def _fingerprint(learn: Learner) -> dict[str, Any]:
@@ -226,8 +241,15 @@ def training_differences(learn: Learner, saved: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def load_optimizers(learn: Learner, saved: Mapping[str, Any]) -> None:
-    """Take back the state of every optimiser."""
+def load_optimizers(learn: Learner, saved: Mapping[str, Any], *, at_rest: bool) -> None:
+    """Take back the state of every optimiser.
+
+    Args:
+        learn: The Learner.
+        saved: The states by name.
+        at_rest: The values of the parameter groups are to be those from before the fit: what a schedule has made of them
+            belongs to that fit.
+    """
     names = parameter_names(learn.model, learn.loss_func)
     for key, opt in named_optimizers(learn).items():
-        load_optimizer(opt, saved[key], names)
+        load_optimizer(opt, saved[key], names, saved[key].get("at_rest") if at_rest else None)

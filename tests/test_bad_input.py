@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from minitrain import LSUV, BatchLoader, Callback, DataLoaders, Learner, LoopError
+from minitrain import LSUV, BatchLoader, Callback, CheckpointError, DataLoaders, Learner, LoopError
 from minitrain.metrics import accuracy
 
 X, Y = torch.randn(8, 3), torch.randint(0, 2, (8,))
@@ -139,7 +139,9 @@ def test_fit_refuses_a_number_of_epochs(name):
         (dict(lr=-1.0), ValueError, "lr=-1.0"),
         (dict(cbs=Quiet()), TypeError, "cbs=.*wanted a list"),
         (dict(cbs=[Quiet]), TypeError, "is a class"),
-        (dict(resume="run.ckpt"), LoopError, "resume='run.ckpt'"),
+        (dict(resume="run.ckpt"), CheckpointError, "path='run.ckpt': there is no such file"),
+        (dict(resume="auto"), ValueError, "resume='auto', but there are 0 Checkpoint callbacks"),
+        (dict(allow_changes=1), TypeError, "allow_changes=1"),
     ],
 )
 def test_fit_refuses_options(options, error, match):

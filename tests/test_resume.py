@@ -1,7 +1,9 @@
 """`learn.save`, `learn.load`, and a fit that goes on."""
 
+import hashlib
 import random
 import re
+import sys
 
 import pytest
 import torch
@@ -146,6 +148,63 @@ def test_a_fit_goes_on_after_another_one(tmp_path):
     same(whole, again)
     assert again.opt.param_groups[0]["lr"] == 0.01
     assert [row["fit"] for row in again.history] == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "name"),
+    [
+        (dict(lr=0.01), dict(lr=0.5), "lr"),
+        (dict(weight_decay=0.1), dict(weight_decay=0.3), "weight_decay"),
+        (dict(betas=(0.8, 0.99)), dict(betas=(0.9, 0.99)), "betas"),
+    ],
+)
+def test_another_option_of_the_optimiser_is_named_and_counts_if_it_is_allowed(tmp_path, was, now, name):
+    path = tmp_path / "a.ckpt"
+
+    def run(options, *cbs):
+        return learner(*cbs, opt_func=lambda params: torch.optim.AdamW(params, **options), lr=None)
+
+    with pytest.raises(Crash):
+        run(was, SaveAt(path, 3), CrashAt(3)).fit(1)
+    other = run(now)
+    before = state_of(other)
+    with pytest.raises(CheckpointError, match=rf"learn\.opt: {name} was .* now it is") as error:
+        other.fit(1, resume=path)
+    assert "allow_changes=True" in str(error.value)
+    assert state_of(other) == before
+    other.fit(1, resume=path, allow_changes=True)
+    assert other.opt.param_groups[0][name] == now[name]
+    same_run = run(was)
+    same_run.fit(1, resume=path)
+
+
+def test_another_rate_of_a_fit_counts_from_there_if_it_is_allowed(tmp_path):
+    path, rates = tmp_path / "a.ckpt", []
+
+    class Look(Callback):
+        def before_step(self, learn):
+            rates.append(learn.opt.param_groups[0]["lr"])
+
+    with pytest.raises(Crash):
+        learner(SaveAt(path, 3), CrashAt(3)).fit(1, lr=0.2)
+    other = learner(Look())
+    with pytest.raises(CheckpointError, match=r"lr was 0\.2, now it is 0\.1"):
+        other.fit(1, lr=0.1, resume=path)
+    other.fit(1, lr=0.1, resume=path, allow_changes=True)
+    assert rates == [0.1] * 3
+    assert other.opt.param_groups[0]["lr"] == 0.01
+
+
+def test_loading_from_the_midst_of_a_cycle_leaves_the_rates_of_before_it(tmp_path):
+    """What a schedule has made of them belongs to its fit: after one cycle the rate is almost nothing."""
+    path = tmp_path / "a.ckpt"
+    with pytest.raises(Crash):
+        learner(OneCycle(0.1), SaveAt(path, 9), CrashAt(9)).fit(2)
+    other = learner()
+    other.load(path)
+    assert other.opt.param_groups[0]["lr"] == 0.01
+    assert other.opt.param_groups[0]["betas"] == (0.9, 0.999)
+    assert "initial_lr" not in other.opt.param_groups[0]
 
 
 def test_a_finished_run_returns_at_once_and_is_as_it_was(tmp_path):
@@ -434,7 +493,6 @@ def state_of(learn):
         (dict(n=20), r"train\.samples was 24, now it is 20"),
         (dict(batch_size=8), r"train\.batch_size was 4, now it is 8"),
         (dict(seed=2), r"seed was 1, now it is 2"),
-        (dict(lr=0.5), r"lr was 0\.01, now it is 0\.5"),
         (dict(valid=True), r"valid was None, now it is"),
         (dict(train=BatchLoader(X, 3 * X, batch_size=4, shuffle=True)), r"train\.content was"),
         (dict(train=BatchLoader(X, 2 * X, batch_size=4)), r"train\.shuffle was True, now it is False"),
@@ -707,3 +765,106 @@ def test_accuracy_and_the_history_come_back(tmp_path):
     other.load(path)
     assert other.history == first.history
     assert other.history.columns == first.history.columns
+
+
+# -- files of other machines and other kinds --------------------------------------------------------------------------
+
+
+def test_a_file_from_a_gpu_is_loaded_without_one(tmp_path, monkeypatch):
+    """What was saved from a GPU says so of each tensor; here torch is made to say it of these."""
+    path = tmp_path / "a.ckpt"
+    first = learner(opt_func=torch.optim.AdamW)
+    first.fit(1)
+    monkeypatch.setattr("torch.serialization.location_tag", lambda storage: "cuda:0")
+    first.save(path)
+    monkeypatch.undo()
+    assert b"cuda:0" in path.read_bytes()
+    whole, again = learner(), learner()
+    whole.fit(2)
+    again.fit(2, resume=path)
+    same(whole, again)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "there is no such file"),
+        (lambda path: path.write_bytes(b""), "is empty"),
+        (lambda path: path.write_bytes(path.with_name("good").read_bytes()[:-1]), "truncated|cut|bytes"),
+        (lambda path: path.write_bytes(path.with_name("good").read_bytes()[:-1] + b"\x7f"), "damaged"),
+        (lambda path: torch.save({"a": 1}, path), r"torch\.save"),
+        (lambda path: path.write_text("epoch,loss\n"), "no checkpoint"),
+        (lambda path: path.mkdir(), "folder"),
+        (lambda path: path.write_bytes(_newer(path.with_name("good").read_bytes())), "newer"),
+    ],
+    ids=["missing", "empty", "truncated", "flipped", "torch.save", "text", "folder", "newer"],
+)
+@pytest.mark.parametrize("how", ["load", "fit"])
+def test_a_file_that_cannot_be_used_is_named_and_nothing_is_changed(tmp_path, make, message, how):
+    good = learner()
+    good.fit(1)
+    good.save(tmp_path / "good")
+    path = tmp_path / "bad.ckpt"
+    make(path)
+    other = learner()
+    before = state_of(other)
+    with pytest.raises(CheckpointError, match=message) as error:
+        other.load(path) if how == "load" else other.fit(2, resume=path)
+    assert "bad.ckpt" in str(error.value)
+    assert state_of(other) == before
+
+
+def _newer(data):
+    """A file of the next version of the format, with a right hash."""
+    version, length = 2, int.from_bytes(data[12:20], "little")
+    numbers = version.to_bytes(4, "little") + length.to_bytes(8, "little")
+    return data[:8] + numbers + hashlib.sha256(data[52:] + numbers).digest() + data[52:]
+
+
+def test_saving_into_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no folder"):
+        learner().save(tmp_path / "none" / "a.ckpt")
+
+
+# -- weights for others -----------------------------------------------------------------------------------------------
+
+
+def test_weights_are_exported_with_tied_ones_written_once(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.norm = nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.norm(self.b(self.a(x.expand(-1, 4))))
+
+    learn = learner(model=nn.DataParallel(Tied()))
+    path = tmp_path / "weights.safetensors"
+    learn.export_weights(path)
+    loaded = Tied()
+    safetensors.load_model(loaded, path)
+    for name, value in learn.model.module.state_dict().items():
+        assert loaded.state_dict()[name].equal(value), name
+    assert len(safetensors.load_file(path)) == 8
+    with pytest.raises(CheckpointError, match="there is no folder"):
+        learn.export_weights(tmp_path / "none" / "a.safetensors")
+
+
+def test_without_safetensors_the_error_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ImportError, match=r"minitrain\[safetensors\]"):
+        learner().export_weights(tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_are_those_of_the_model_inside_of_its_wrapper(tmp_path):
+    path = tmp_path / "a.ckpt"
+    first = learner()
+    wrapped = learner(model=nn.DataParallel(first.model))
+    wrapped.save(path)
+    other = learner()
+    other.load(path)
+    assert list(checkpoint.read(path)["model"])[:2] == ["0.weight", "0.bias"]

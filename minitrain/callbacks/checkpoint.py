@@ -136,7 +136,12 @@ class Checkpoint(Callback):
             learn.save_points.append(self._at_save_point)
             try:
                 with self._interrupts if self.on_interrupt else nullcontext():
-                    yield
+                    try:
+                        yield
+                    except RuntimeError as error:
+                        if self._interrupts.pending is not None and "DataLoader worker" in str(error):
+                            self._at_save_point(learn)  # the signal has reached the workers, too: no batch can be drawn
+                        raise
                 self._settle()
             finally:
                 learn.save_points.remove(self._at_save_point)
@@ -148,9 +153,12 @@ class Checkpoint(Callback):
 
     def after_batch(self, learn: Learner) -> None:
         """An interrupt in validation is answered by what was kept when the training of this epoch had ended."""
-        if not learn.training and learn.phase == "fit" and self._interrupts.pending and self._held is not None:
+        held = self._held
+        if not learn.training and learn.phase == "fit" and self._interrupts.pending and held is not None:
+            if held["position"]["epoch"] != learn.epoch:  # the training of this epoch was cut short
+                return
             self._settle()
-            self._write(self._held, is_best=False, wait=True)
+            self._write(held, is_best=False, wait=True)
             self._interrupts.go_on()
 
     def state_dict(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from minitrain.callback import Callback
 from minitrain.errors import DataError
 from minitrain.optim import rate_of
+from minitrain.optimizer_state import alike
 from minitrain.passes import loader_length
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ class OneCycle(Callback):
             ValueError: The state is of another cycle: of another length, another highest rate, or other options.
         """
         scheduler = self._scheduler
+        lrs, momentums = [float(rate) for rate in state["lrs"]], [float(value) for value in state["momentums"]]
         if scheduler is not None and "scheduler" in state:
             saved, own = state["scheduler"], scheduler.state_dict()
             if saved["total_steps"] != own["total_steps"]:
@@ -175,14 +177,23 @@ class OneCycle(Callback):
             for key in own:
                 if key not in ("last_epoch", "_step_count", "_last_lr") and saved[key] != own[key]:
                     raise ValueError(f"the cycle was made with {key}={saved[key]!r:.80}, now it is {own[key]!r}.")
-            if len(state["groups"]) != len(scheduler.optimizer.param_groups) or len(state["before"]) != len(
-                self._before
-            ):
-                raise ValueError("the cycle was made for another number of parameter groups.")
+            present = [_values(group) for group in scheduler.optimizer.param_groups]
+            if not (_fits(state["groups"], present) and _fits(state["before"], self._before)):
+                raise ValueError("the cycle was made for other parameter groups.")
+            if type(saved["last_epoch"]) is not int or not 0 <= saved["last_epoch"] < own["total_steps"]:
+                raise ValueError(f"last_epoch={saved['last_epoch']!r:.40} is no step of this cycle.")
             scheduler.load_state_dict({key: saved[key] for key in own})
             _put_back(scheduler.optimizer, state["groups"])
             self._before = state["before"]
-        self.lrs, self.momentums = list(state["lrs"]), list(state["momentums"])
+        self.lrs, self.momentums = lrs, momentums
+
+
+def _fits(saved: Any, present: list[dict[str, Any]]) -> bool:
+    """Whether values of parameter groups can stand for others."""
+    return len(saved) == len(present) and all(
+        set(a) <= set(_GROUP_KEYS) and "lr" in a and all(alike(a[key], b.get(key, 0.0)) for key in a)
+        for a, b in zip(saved, present, strict=True)
+    )
 
 
 def _try_out(total_steps: int | None, options: dict[str, Any]) -> None:

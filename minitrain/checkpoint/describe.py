@@ -52,12 +52,14 @@ def describe(path: str | os.PathLike[str]) -> str:
     ]
     for key, value in loaded.state.items():
         lines.append("")
-        lines += _table(key, value) if _is_table(value) else _capped(_outline(_label(key), value, 0))
+        tensors = {k: v for k, v in value.items() if isinstance(v, Tensor)} if isinstance(value, dict) else {}
+        if tensors and (key == "model" or len(tensors) == len(value)):
+            lines += _table(key, tensors)
+            value = {k: v for k, v in value.items() if k not in tensors}
+            lines += _capped(line for k, v in value.items() for line in _outline(_label(k), v, 1))
+        else:
+            lines += _capped(_outline(_label(key), value, 0))
     return "\n".join(lines)
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
 
 
 def _table(key: Any, tensors: dict[Any, Tensor]) -> list[str]:

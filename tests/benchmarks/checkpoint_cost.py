@@ -3,9 +3,9 @@
 python tests/benchmarks/checkpoint_cost.py [--rounds N] [--threads N]
 
 Stall: a state of the size of a ResNet-50 with AdamW (161 tensors of 25.6 million parameters, and twice as many moments).
-Between two batches `Checkpoint` copies it, and a thread writes it; the time of the save point is compared with that of cloning
-each tensor, and of `copy.deepcopy`. Throughput: the net and batches of the MNIST example with a checkpoint every 50 steps over the same fit without.
-The variants of a round are run in random order; the figures are medians with their quartiles.
+Between two batches `Checkpoint` copies it, and a thread writes it; the time of the save point is compared with that of
+cloning each tensor, and of `copy.deepcopy`. Throughput: the net and batches of the MNIST example with a checkpoint every 50
+steps over the same fit without. The variants of a round are run in random order; the figures are medians with their quartiles.
 """
 
 import argparse
