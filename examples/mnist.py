@@ -15,7 +15,7 @@ from torch.utils.data import Subset, TensorDataset
 from torchvision.datasets import MNIST
 
 from minitrain import LSUV, Callback, DataLoaders, KaimingNormal, Learner, layer_stats
-from minitrain.callbacks import ActivationStats, Diagnose
+from minitrain.callbacks import ActivationStats, Checkpoint, Diagnose
 from minitrain.metrics import Mean, accuracy
 
 RUN = Path("runs/mnist")
@@ -34,6 +34,7 @@ def parse_args():
     add("--init", choices=INITS, default="lsuv", help="PyTorch's default, He normal, or LSUV (default)")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--resume", action="store_true", help="go on from the newest checkpoint of an interrupted run")
     add("--smoke", action="store_true", help="one epoch on 512 images: does everything run?")
     args = parser.parse_args()
     for name, least in {"epochs": 1, "batch_size": 1, "lr": 1e-12, "seed": 0}.items():
@@ -117,7 +118,6 @@ def main():
     dataset, (train, test) = ("mnist", found) if found else ("digits", load_digits())
     if args.smoke:
         train, test = Subset(train, range(512)), Subset(test, range(128))
-    RUN.mkdir(parents=True, exist_ok=True)  # now, not after the training
     print(f"{dataset}: {len(train)} images to train on, {len(test)} to test")
 
     torch.manual_seed(args.seed)
@@ -127,16 +127,17 @@ def main():
     print("\nPyTorch's default initialisation, on the first minibatch:", layer_stats(net, x), sep="\n")
 
     stats = ActivationStats()
-    cbs = [stats, TrainAccuracy(), Diagnose()]
+    cbs = [stats, TrainAccuracy(), Diagnose(), Checkpoint(RUN / "checkpoints")]
     learn = Learner(  # opt_func is left out: AdamW
         net, dls, F.cross_entropy, lr=args.lr, metrics=[accuracy], init=INITS[args.init], cbs=cbs, seed=args.seed
     )
-    if args.init != "none":
+    if args.init != "none" and not args.resume:
         print(f"\nInitialised by {args.init}:", learn.initialize(), sep="\n")
     if args.init == "he":
         print("\nIts outputs:", layer_stats(net, x), sep="\n")
     print()
-    learn.fit_one_cycle(args.epochs or (1 if args.smoke else EPOCHS[dataset]))
+    n_epochs = args.epochs or (1 if args.smoke else EPOCHS[dataset])
+    learn.fit_one_cycle(n_epochs, resume="auto" if args.resume else None)
 
     print(f"\ntest accuracy {100 * learn.validate(test_loader)['valid_accuracy']:.2f} %")  # read once, at the end
     learn.history.to_csv(RUN / "history.csv")

@@ -13,6 +13,7 @@ import torch
 from torchvision.datasets import MNIST
 
 from minitrain import LSUV, layer_stats
+from minitrain.callbacks import Diagnose
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "mnist.py"
@@ -72,6 +73,33 @@ def test_without_mnist_and_network_it_says_so_in_one_line_and_takes_the_digits(r
 
 def test_a_second_run_without_a_network_does_the_same(run):
     assert run("--smoke")[0] == run("--smoke")[0] == 0
+
+
+def test_an_interrupted_run_goes_on_and_a_finished_one_returns_at_once(run, tmp_path, monkeypatch, capsys):
+    def results(out):
+        rows = list(csv.DictReader((tmp_path / "runs/mnist/history.csv").read_text().splitlines()))
+        return re.search("test accuracy.*", out)[0], [row | {"seconds": None} for row in rows]
+
+    options = ("--dataset", "digits", "--epochs", "3")
+    status, out, _ = run(*options)
+    whole = results(out)
+    assert results(run(*options, "--resume")[1]) == whole
+    shutil.rmtree(tmp_path / "runs")
+
+    def interrupted(self, learn):
+        if learn.epoch == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Diagnose, "before_train", interrupted, raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            run(*options)
+    capsys.readouterr()
+    status, out, _ = run(*options, "--resume")
+    assert status == 0
+    assert "epoch 1/3" not in out
+    assert "epoch 3/3" in out
+    assert results(out) == whole
 
 
 def test_the_digits_are_learnt(run):
