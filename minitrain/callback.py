@@ -195,11 +195,14 @@ class Callback:
     # -- state --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this callback: plain types and tensors only."""
+        """What a checkpoint keeps of this callback: plain types and tensors only. Asked between batches or epochs."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Take back what `state_dict` gave; check it, since it comes from a file.
+
+        In a fit that goes on (`learn.resumed`) it is called after `before_fit`, in mid-epoch after `before_train`.
+        """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -520,7 +520,9 @@ class Learner:
     def load(self, path: str | os.PathLike[str], *, strict: bool = True, with_opt: bool = True) -> None:
         """Take back what `save` or a `Checkpoint` has written, but for random states and position: the next fit is a new one.
 
-        The model counts as initialised. Callbacks of this Learner get their state where the file has one.
+        The model counts as initialised, unless it was saved before its init stages had run. Callbacks of this Learner get their
+        state where the file has one. Learning rates and momenta are those from before the fit that the file is of: what a
+        schedule had made of them belongs to that fit.
 
         Args:
             path: The file.

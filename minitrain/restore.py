@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 _PARTS: dict[str, type | tuple[type, ...]] = {  # of a checkpoint, beside its position
     "versions": dict,
+    "initialized": bool,
     "fingerprint": dict,
     "model": dict,
     "hidden_buffers": dict,
@@ -62,7 +63,7 @@ def load(learn: Learner, path: str | os.PathLike[str], *, strict: bool, with_opt
     try:
         with applying(path, "it"):
             _load_weights(learn, state)
-            learn.initialized, learn.position = True, None
+            learn.initialized, learn.position = state["initialized"], None
             if with_opt:
                 _load_training(learn, path, state, strict, unlike, build)
     except BaseException:
@@ -123,6 +124,10 @@ class Resume:
                 f"path={str(path)!r} was saved in the midst of a batch or a validation, or after a fit was cancelled: from "
                 "there none can go on exactly. Use learn.load(path) and a new fit; or save by Checkpoint(...), or in "
                 "after_batch or after_epoch."
+            )
+        if not state["initialized"]:
+            raise CheckpointError(
+                f"path={str(path)!r} was saved before the init stages had run. Use learn.load(path), and a new fit."
             )
         self.position: dict[str, Any] = position
         if position["epoch"] > n_epochs or (position["epoch"] == n_epochs and position["batch"]):

@@ -35,7 +35,7 @@ def snapshot(learn: Learner) -> dict[str, Any]:
     """The state of a Learner as nested plain values; its tensors are the living ones, nothing is copied.
 
     Returns:
-        A dict of `versions`, `position` (None where a run could not go on from here), `fingerprint`, `model`,
+        A dict of `versions`, `position` (None where a run could not go on from here), `initialized`, `fingerprint`, `model`,
         `hidden_buffers` (those that are not persistent), `loss_func`, `optimizers`, `scaler`, `frozen` (names of parameters),
         `grads` (those that wait for a step), `callbacks`, `history`, `rng`.
     """
@@ -46,6 +46,7 @@ def snapshot(learn: Learner) -> dict[str, Any]:
     return {
         "versions": versions(learn.device),
         "position": position,
+        "initialized": learn.initialized or not learn._init,
         "fingerprint": _fingerprint(learn),
         "model": inner(learn.model).state_dict(),
         "hidden_buffers": {name: buffer for name, _, _, buffer in hidden_buffers(learn.model)},

@@ -270,6 +270,22 @@ def test_the_init_stage_is_not_run_again(tmp_path):
     assert ran == [1]
     assert again.initialized
     assert loaded.initialized
+    assert checkpoint.read(path)["initialized"]
+
+
+def test_what_was_saved_before_the_init_stage_is_still_to_be_initialised(tmp_path):
+    path = tmp_path / "a.ckpt"
+    learner(init=KaimingNormal()).save(path)
+    with pytest.raises(CheckpointError, match="before the init stages had run"):
+        learner(init=KaimingNormal()).fit(1, resume=path)
+    loaded, whole = learner(init=KaimingNormal()), learner(init=KaimingNormal())
+    loaded.load(path)
+    loaded.fit(1)
+    whole.fit(1)
+    same(whole, loaded)
+    learner().save(path)  # without stages there is nothing left to do
+    loaded.load(path)
+    assert loaded.initialized
 
 
 def test_the_events_of_a_fit_that_goes_on(tmp_path):
