@@ -28,7 +28,7 @@ from minitrain.peek import shuffles
 from minitrain.preserve import loader_generators, preserve_training
 from minitrain.random_states import RandomState
 from minitrain.restore import Resume
-from minitrain.snapshot import snapshot
+from minitrain.snapshot import Undo, snapshot
 from minitrain.stages import Stages
 from minitrain.weights import export_weights
 
@@ -153,6 +153,7 @@ class Learner:
         self._fingerprint: dict[str, Any] | None = None  # of the present fit, once it was asked for
         self._scaled_by: torch.amp.GradScaler | None = None
         self._before: runs.Before | None = None
+        self._undo: Undo | None = None
         self.stop_reason = None
         self.running_loss = Mean()
         vars(self).update(runs.AT_REST)
@@ -641,7 +642,7 @@ class Learner:
 
     def _touch(self) -> None:
         """From here on it is too late to put everything back."""
-        self._touched, self._before = True, None
+        self._touched, self._before, self._undo = True, None, None
 
     def _drop_gradients(self) -> None:
         self._zero_grad()
@@ -654,7 +655,9 @@ class Learner:
             p.grad = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | runs.AT_REST | {"_before": None}  # a copy that is made in the midst of a run runs nothing
+        return (
+            vars(self) | runs.AT_REST | {"_before": None, "_undo": None}
+        )  # a copy that is made in the midst of a run runs nothing
 
     def _release(self) -> None:
         self.batch = self.xb = self.yb = self.preds = self.loss = self._backward_loss = self._pending = None

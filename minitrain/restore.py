@@ -150,7 +150,7 @@ class Resume:
     def _check_versions(self, learn: Learner) -> None:
         changed = differences(self._state["versions"], versions(learn.device))
         if changed:
-            warnings.warn(f"path={str(self.path)!r}: {'; '.join(changed)}. The bits may differ.", stacklevel=5)
+            warnings.warn(f"path={str(self.path)!r}: {'; '.join(changed)}. The bits may differ.", stacklevel=6)
 
     @property
     def in_epoch(self) -> bool:
@@ -160,7 +160,7 @@ class Resume:
     @contextmanager
     def begin(self, learn: Learner) -> Iterator[None]:
         """Load the weights. If something fails before the fit has trained on anything, all is put back."""
-        undo = Undo(learn)
+        learn._undo = Undo(learn)  # it lives until the first batch is trained on
         try:
             with applying(self.path, "it"):
                 _load_weights(learn, self._state)
@@ -168,9 +168,11 @@ class Resume:
                 learn.initialized = learn.resumed = True
             yield
         except BaseException:
-            if not learn._touched:
-                undo.restore()
+            if learn._undo is not None:
+                learn._undo.restore()
             raise
+        finally:
+            learn._undo = None
 
     def check_optimizers(self, learn: Learner) -> None:
         """Raise `CheckpointError` unless the optimisers, which have been built by now, are those of the checkpoint."""
@@ -226,6 +228,7 @@ class Resume:
             _load_callbacks(learn.cbs, state["callbacks"])
             learn.step_idx, learn.stop_reason = position["step"], position["stop_reason"]
         rng.restore()
+        self._state = {}  # the memory of a whole file
 
     def _load_optimizers(self, learn: Learner) -> None:
         """The optimisers as they were, but for options that are now others: those begin to count here."""

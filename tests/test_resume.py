@@ -1,9 +1,11 @@
 """`learn.save`, `learn.load`, and a fit that goes on."""
 
+import gc
 import hashlib
 import random
 import re
 import sys
+import weakref
 
 import pytest
 import torch
@@ -884,3 +886,24 @@ def test_names_are_those_of_the_model_inside_of_its_wrapper(tmp_path):
     other = learner()
     other.load(path)
     assert list(checkpoint.read(path)["model"])[:2] == ["0.weight", "0.bias"]
+
+
+def test_no_copy_of_the_file_or_of_what_was_before_lives_through_the_fit(tmp_path, monkeypatch):
+    path, read, held, alive = saved_run(tmp_path), checkpoint.read, [], []
+
+    def reading(path):
+        state = read(path)
+        held.append(weakref.ref(state["model"]["0.weight"]))
+        return state
+
+    class Look(Callback):
+        def before_fit(self, learn):
+            held.append(weakref.ref(learn._undo))
+
+        def after_batch(self, learn):
+            gc.collect()
+            alive.append([ref() is not None for ref in held])
+
+    monkeypatch.setattr(checkpoint, "read", reading)
+    learner().fit(2, resume=path, cbs=[Look()])
+    assert alive[0] == [False, False]
