@@ -64,7 +64,7 @@ def atomic_file(
             part.unlink(missing_ok=True)
         raise
     if durable:
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def is_part(name: str) -> bool:
@@ -77,7 +77,8 @@ def is_part(name: str) -> bool:
     return _PART.fullmatch(name) is not None
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Force the names in a folder to the disk, where the system can."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:  # Windows opens no folder, and a folder may be one to write to only

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from minitrain import checkpoint
-from minitrain.atomic import is_part
+from minitrain.atomic import is_part, sync_folder
 from minitrain.errors import CheckpointError
 
 BEST = "best.ckpt"
 _NAME = re.compile(r"(\d{6,})-epoch\d+-batch\d+\.ckpt")
 _LOCK = ".lock"
+_LOCKED: set[str] = set()  # by this process, which the system would let lock them once more
 
 
 def name_of(number: int, epoch: int, batch: int) -> str:
@@ -47,7 +48,7 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """
     if not folder.is_dir():
         return None
-    found = [path for _, path in reversed(numbered(folder))]
+    found = [path for _, path in reversed(numbered(folder))] or [folder / BEST] * (folder / BEST).is_file()
     errors: list[str] = []
     for path in found:
         try:
@@ -73,18 +74,23 @@ def retain(folder: Path, keep_last: int) -> None:
             path.unlink()
 
 
-def mark_best(path: Path) -> None:
-    """Make `best.ckpt` the same file as `path`, whatever becomes of that name; whoever reads it never sees half of it."""
-    part = path.with_name(f".{BEST}.{os.getpid()}.00000000.part")
+def link(path: Path, name: Path) -> None:
+    """Make `name` the same file as `path`, whatever becomes of that one; whoever reads it never sees half of it.
+
+    Raises:
+        CheckpointError: The file system refuses.
+    """
+    part = name.with_name(f".{name.name}.{os.getpid()}.00000000.part")
     part.unlink(missing_ok=True)
     try:
         try:
             os.link(path, part)
         except OSError:  # a file system without hard links
             shutil.copyfile(path, part)
-        os.replace(part, path.with_name(BEST))
+        os.replace(part, name)
+        sync_folder(name.parent)
     except OSError as error:
-        raise CheckpointError(f"path={str(path.with_name(BEST))!r} cannot be written ({error.strerror}).") from error
+        raise CheckpointError(f"path={str(name)!r} cannot be written ({error.strerror}).") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -105,6 +111,13 @@ def locked(folder: Path) -> Iterator[None]:
         raise CheckpointError(
             f"folder={str(folder)!r} cannot be made or written to ({error.strerror}). Choose another, or mend its permissions."
         ) from error
+    place = os.path.realpath(folder)
+    if place in _LOCKED:
+        os.close(file)
+        raise CheckpointError(
+            f"folder={str(folder)!r}: another Checkpoint of this process writes there. Give each its own folder."
+        )
+    _LOCKED.add(place)
     try:
         _lock(file, folder)
         for name in os.listdir(folder):
@@ -113,6 +126,7 @@ def locked(folder: Path) -> Iterator[None]:
                     (folder / name).unlink()
         yield
     finally:
+        _LOCKED.discard(place)
         os.close(file)
 
 

@@ -29,8 +29,8 @@ class Interrupts:
     Example:
         >>> import os
         >>> with Interrupts() as interrupts:
-        ...     os.kill(os.getpid(), signal.SIGINT)
-        ...     interrupts.pending == signal.SIGINT
+        ...     os.kill(os.getpid(), signal.SIGTERM)
+        ...     interrupts.pending == signal.SIGTERM
         True
     """
 

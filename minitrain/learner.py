@@ -187,22 +187,34 @@ class Learner:
         """
         going_on = runs.check_fit(self, n_epochs, lr, cbs, resume, allow_changes)
         self._touched = False
+        if going_on is not None and going_on.is_over:
+            runs.take_over(self, n_epochs, going_on)
+            return
         with runs.running(self, "fit", cbs), runs.seeded(self), runs.resuming(self, going_on):
             runs.prepare(self)
             with runs.new_fit(self, n_epochs, lr), learning_rate(self.opt, lr), self._during("during_fit"):
-                self._run("fit", self._epochs)
+                if not self._run("fit", self._epochs):
+                    self.position = None  # a cancelled fit is not to be gone on with
+                self._finish_resume()
+
+    def _finish_resume(self) -> None:
+        """Load what is loaded late, if that is still to be done: a cancel may have come before."""
+        going_on, self._resume = self._resume, None
+        if going_on is not None:
+            going_on.finish(self)
 
     def _epochs(self) -> None:
         start = 0
         if self._resume is not None:
             start = self._resume.position["epoch"]
             if not self._resume.in_epoch:
-                self._resume.finish(self)
+                self._finish_resume()
         for epoch in range(start, self.n_epochs):
             if self.stop_reason is not None:
                 break
             self.epoch = epoch
             self._run("epoch", self._epoch)
+            self._finish_resume()
             self._at_rest(epoch + 1, 0)
 
     def _epoch(self) -> None:
@@ -226,7 +238,9 @@ class Learner:
         self._epochs_begun += 1
         self.model.train()
         try:
-            return self._run("train", lambda: self._train_batches(drawing)) and drawing.complete
+            whole = self._run("train", lambda: self._train_batches(drawing))
+            self._finish_resume()
+            return whole and drawing.complete
         finally:
             self.training = False
 

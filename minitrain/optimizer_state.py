@@ -6,12 +6,16 @@ Positions are not enough: where two parameters change places, their moments woul
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from minitrain.wrappers import inner
+
+_OF_OTHER_SHAPES = ("Adafactor", "LBFGS")  # whose state is not of the shape of the parameter
 
 
 def parameter_names(model: nn.Module, loss_func: Any = None) -> dict[nn.Parameter, str]:
@@ -31,8 +35,8 @@ def optimizer_state(opt: Any, names: Mapping[nn.Parameter, str]) -> dict[str, An
         names: The name of each parameter. One that has none is kept by its position.
 
     Returns:
-        `{"class": ..., "defaults": {...}, "groups": [{"params": [names], ...}], "state": {name: ...}}`, or
-        `{"class": ..., "raw": ...}`.
+        `{"class": ..., "defaults": {...}, "groups": [{"params": [names], ...}], "state": {name: ...}}`, with what else the
+        optimiser keeps as "others" and "extra"; or `{"class": ..., "raw": ...}`.
 
     Example:
         >>> import torch
@@ -50,8 +54,14 @@ def optimizer_state(opt: Any, names: Mapping[nn.Parameter, str]) -> dict[str, An
         for group, params in zip(state["param_groups"], named, strict=True)
     ]
     by_position = _positions(state, named)
-    kept = {by_position.get(key, f"?{key}"): value for key, value in state["state"].items()}
-    return {"class": own, "defaults": _defaults(opt), "groups": groups, "state": kept}
+    return {
+        "class": own,
+        "defaults": _defaults(opt),
+        "groups": groups,
+        "state": {by_position[key]: value for key, value in state["state"].items() if key in by_position},
+        "others": {key: value for key, value in state["state"].items() if key not in by_position},
+        "extra": {key: value for key, value in state.items() if key not in ("state", "param_groups")},
+    }
 
 
 def optimizer_differences(opt: Any, saved: Any, names: Mapping[nn.Parameter, str]) -> list[str]:
@@ -60,7 +70,7 @@ def optimizer_differences(opt: Any, saved: Any, names: Mapping[nn.Parameter, str
     if saved["class"] != own:
         return [f"the optimiser was {saved['class']!r:.60}, now it is {own!r}"]
     if "raw" in saved:
-        return []
+        return [] if not _is_standard(opt.state_dict(), opt) else ["the optimiser has a state of another kind"]
     groups, here = saved["groups"], _named(opt, names)
     if len(groups) != len(here):
         return [f"the optimiser had {len(groups)} parameter groups, now it has {len(here)}"]
@@ -71,13 +81,41 @@ def optimizer_differences(opt: Any, saved: Any, names: Mapping[nn.Parameter, str
         if gone or new or len(there) != len(params):
             changes = [f"{what} {_listed(those)}" for what, those in (("without", gone), ("and with", new)) if those]
             found.append(f"group {i} of the optimiser now is {' '.join(changes) or 'of other parameters'}")
-        for key, value in present.items():
-            if key not in ("params", "param_names") and (key not in group or not alike(group[key], value)):
-                got = repr(group[key])[:40] if key in group else "nothing"
-                found.append(f"group {i} of the optimiser has {key}={got} in place of one like {value!r:.40}")
-    if unknown := [key for key in saved["state"] if not isinstance(key, str)]:
-        found.append(f"the optimiser has state of {unknown[0]!r:.40}, which is no parameter")
-    return found
+        for key, value in group.items():
+            if key != "params" and not _is_own(present, key) and not alike(value, present.get(key, 0.0)):
+                found.append(f"group {i} of the optimiser has {key!r:.40}={value!r:.40}, which cannot be")
+        if missing := [key for key in present if not _is_own(present, key) and key not in group]:
+            found.append(f"group {i} of the optimiser has no {_listed(missing)}")
+    return found + _state_differences(opt, saved, here)
+
+
+def _is_own(present: Mapping[str, Any], key: str) -> bool:
+    """Whether a value of a group is the script's and not the file's: by which rule, and which kernel, and for what."""
+    return key in ("params", "param_names") or (key in present and isinstance(present[key], (bool, str, type(None))))
+
+
+def _state_differences(opt: Any, saved: Any, here: list[list[str]]) -> list[str]:
+    """What torch would find out at the first step only: state of unknown parameters, or of another shape."""
+    own = type(opt).__module__.startswith("torch.optim.") and type(opt).__name__ not in _OF_OTHER_SHAPES
+    states = dict(saved["state"])
+    found: list[str] = []
+    for group, names in zip(opt.param_groups, here, strict=True):
+        keys = set[frozenset[str]]()
+        for name, p in zip(names, group["params"], strict=True):
+            state = states.pop(name, None)
+            if state is not None and own:
+                keys.add(frozenset(state))
+                wrong = [key for key, value in state.items() if not _is_like(value, p)]
+                found += [f"the optimiser's {key!r:.40} of {name!r} is not of the parameter's shape" for key in wrong]
+        if len(keys) > 1:
+            found.append(f"the optimiser's state lacks something of some of {_listed(names)}")
+    return found + [f"the optimiser has a state of {name!r:.60}, which is no parameter" for name in states]
+
+
+def _is_like(value: Any, p: Tensor) -> bool:
+    if isinstance(value, Tensor):
+        return value.shape in (p.shape, torch.Size(), torch.Size([1]))
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
 def changed_defaults(opt: Any, saved: Any) -> list[str]:
@@ -114,17 +152,14 @@ def load_optimizer(
     positions: dict[str, int] = {}
     for name in (name for params in here for name in params):
         positions.setdefault(name, len(positions))
-    groups = [
-        {**{key: value for key, value in group.items() if key != "params"}, "params": [positions[n] for n in params]}
-        for group, params in zip(saved["groups"], here, strict=True)
-    ]
-    if values is not None:
-        groups = [{**own, "params": group["params"]} for group, own in zip(groups, values, strict=True)]
-    for group, present in zip(groups, opt.param_groups, strict=True):
-        if "param_names" in present:
-            group["param_names"] = present["param_names"]
-    state = {positions.get(name, name): value for name, value in saved["state"].items()}
-    opt.load_state_dict({"state": state, "param_groups": groups})
+    groups = []
+    for i, (group, present, params) in enumerate(zip(saved["groups"], opt.param_groups, here, strict=True)):
+        there = group if values is None else values[i]
+        kept = {key: value for key, value in there.items() if not _is_own(present, key)}
+        own = {key: value for key, value in present.items() if key in kept or _is_own(present, key)}
+        groups.append({**own, **kept, "params": [positions[name] for name in params]})
+    state = {positions[name]: value for name, value in saved["state"].items()} | saved["others"]
+    opt.load_state_dict({**saved["extra"], "state": state, "param_groups": groups})
     for group, params in zip(opt.param_groups, here, strict=True):
         for p, name in zip(group["params"], params, strict=True):
             for key, value in saved["state"].get(name, {}).items():
@@ -171,9 +206,9 @@ def alike(saved: Any, present: Any) -> bool:
     if isinstance(present, (tuple, list)):
         return isinstance(saved, (tuple, list)) and len(saved) == len(present) and all(map(alike, saved, present))
     if isinstance(present, (int, float, Tensor)) and not isinstance(present, bool):
-        return isinstance(saved, (int, float, Tensor)) and not isinstance(saved, bool)
-    if present is None or isinstance(present, bool):
-        return saved is None or isinstance(saved, (bool, int, float))
+        if isinstance(saved, Tensor):
+            return saved.numel() == 1 and bool(saved.isfinite().all())
+        return isinstance(saved, (int, float)) and not isinstance(saved, bool) and math.isfinite(saved)
     return type(saved) is type(present)
 
 

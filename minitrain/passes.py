@@ -46,10 +46,10 @@ class Pass:
         self.n_drawn = n_drawn
 
     def __iter__(self) -> Iterator[Any]:
+        batches = (
+            self._dl if self._begin is None else self._begin()
+        )  # before all else: a fit that goes on loads its state
         if self._stopped():
-            return
-        batches = self._dl if self._begin is None else self._begin()
-        if self._stopped():  # a fit that goes on may turn out to have been stopped
             return
         for batch in self._noted(batches):
             self.n_drawn += 1

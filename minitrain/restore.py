@@ -6,11 +6,9 @@ import os
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from torch import nn
 
 from minitrain import checkpoint
 from minitrain.callback import Callback
@@ -19,16 +17,19 @@ from minitrain.checks import state_key
 from minitrain.errors import CheckpointError
 from minitrain.fingerprint import differences, fingerprint, versions
 from minitrain.folder import newest
-from minitrain.optimizer_state import changed_defaults, parameter_names, values_of_groups
+from minitrain.optimizer_state import alike, changed_defaults, parameter_names, values_of_groups
 from minitrain.passes import loader_length
-from minitrain.preserve import loader_generators
+from minitrain.preserve import loader_generators, preserve_rng
 from minitrain.random_states import RandomState
 from minitrain.skip import enter, inexact
 from minitrain.snapshot import (
     Undo,
     applying,
+    gradient,
+    keeps_state,
     load_model,
     load_optimizers,
+    loss_module,
     model_differences,
     named_optimizers,
     training_differences,
@@ -42,8 +43,10 @@ _PARTS: dict[str, type | tuple[type, ...]] = {  # of a checkpoint, beside its po
     "initialized": bool,
     "fingerprint": dict,
     "model": dict,
+    "counters": dict,
     "hidden_buffers": dict,
     "loss_func": dict,
+    "hidden_loss_buffers": dict,
     "optimizers": dict,
     "frozen": list,
     "grads": dict,
@@ -51,7 +54,7 @@ _PARTS: dict[str, type | tuple[type, ...]] = {  # of a checkpoint, beside its po
     "history": list,
     "rng": dict,
 }
-_COUNTS = ("epoch", "batch", "step", "batch_idx", "n_epochs", "fits", "epochs_begun")
+_COUNTS = ("epoch", "batch", "step", "batch_idx", "n_epochs")
 
 
 def load(learn: Learner, path: str | os.PathLike[str], *, strict: bool, with_opt: bool, build: Any) -> None:
@@ -65,14 +68,14 @@ def load(learn: Learner, path: str | os.PathLike[str], *, strict: bool, with_opt
             _load_weights(learn, state)
             learn.initialized, learn.position = state["initialized"], None
             if with_opt:
-                _load_training(learn, path, state, strict, unlike, build)
+                _load_training(learn, path, state, strict, unlike, build, undo)
     except BaseException:
         undo.restore()
         raise
 
 
 def _load_training(
-    learn: Learner, path: Any, state: Mapping[str, Any], strict: bool, unlike: list[str], build: Any
+    learn: Learner, path: Any, state: Mapping[str, Any], strict: bool, unlike: list[str], build: Any, undo: Undo
 ) -> None:
     """Optimisers, scaler, callbacks, history, and how many fits and epochs there have been."""
     if saved := state["optimizers"]:
@@ -84,11 +87,10 @@ def _load_training(
         else:
             warnings.warn(f"path={str(path)!r}: the optimiser is left alone: {'; '.join(found)}.", stacklevel=5)
     if learn.scaler is not None and state["scaler"]:
-        learn.scaler.load_state_dict(state["scaler"])
+        _load_scaler(learn.scaler, state["scaler"])
     _load_history(learn, state)
-    if (position := state["position"]) is not None:
-        learn._fits, learn._epochs_begun = position["fits"], position["epochs_begun"]
-    _load_callbacks(learn.cbs, state["callbacks"])
+    learn._fits, learn._epochs_begun = state["counters"]["fits"], state["counters"]["epochs_begun"]
+    _load_callbacks(learn.cbs, state["callbacks"], undo)
 
 
 class Resume:
@@ -117,7 +119,7 @@ class Resume:
         state: dict[str, Any],
         allow_changes: bool,
     ) -> None:
-        self.path, self._state = path, state
+        self.path, self._state, self._n_epochs = path, state, n_epochs
         position = state["position"]
         if position is None:
             raise CheckpointError(
@@ -130,6 +132,7 @@ class Resume:
                 f"path={str(path)!r} was saved before the init stages had run. Use learn.load(path), and a new fit."
             )
         self.position: dict[str, Any] = position
+        self.counters: dict[str, int] = state["counters"]
         if position["epoch"] > n_epochs or (position["epoch"] == n_epochs and position["batch"]):
             raise CheckpointError(
                 f"n_epochs={n_epochs}, but the run in path={str(path)!r} has {position['epoch']} epochs behind it: n_epochs is "
@@ -139,10 +142,14 @@ class Resume:
             path, _model_differences(learn, state), "it is another net: learn.load(path, strict=False) loads what fits"
         )
         found = differences(state["fingerprint"], fingerprint(learn, lr))
+        cbs = list(cbs)
         keys = {state_key(cb) for cb in cbs} | {Checkpoint.__name__}  # a run is the same whether it is saved or not
         found += [f"the callback {key!r:.60} is missing" for key in state["callbacks"] if key not in keys]
         if not allow_changes:
             _refuse(path, found, "fit(..., allow_changes=True) goes on nevertheless, though not exactly")
+        for key in [state_key(cb) for cb in cbs if keeps_state(cb) and not isinstance(cb, Checkpoint)]:
+            if key not in state["callbacks"]:
+                warnings.warn(f"path={str(path)!r} has no state of {key}: it begins anew.", stacklevel=5)
         self._allow_changes = allow_changes
         self._changed: dict[str, list[str]] = {}  # of each optimiser the options that are now others
         self._check_versions(learn)
@@ -156,6 +163,12 @@ class Resume:
     def in_epoch(self) -> bool:
         """Whether the fit goes on in the midst of an epoch, rather than at its beginning."""
         return bool(self.position["batch"])
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it was saved after its fit had ended, and there is nothing to do but to load it."""
+        ended = self.position["epoch"] >= self._n_epochs or self.position["stop_reason"] is not None
+        return bool(self.position["is_over"]) and ended and self.counters["fits"] > 0
 
     @contextmanager
     def begin(self, learn: Learner) -> Iterator[None]:
@@ -180,7 +193,7 @@ class Resume:
         with applying(self.path, "the optimiser"):
             _refuse(self.path, training_differences(learn, saved), "build it as it was")
             opts = named_optimizers(learn)
-            self._changed = {key: changed_defaults(opt, saved[key]) for key, opt in opts.items()}
+            self._changed = {key: changed_defaults(opt, saved.get(key, {})) for key, opt in opts.items()}
             found = [
                 f"learn.{key}: {name} was {saved[key]['defaults'][name]!r:.40}, now it is {opts[key].defaults[name]!r:.40}"
                 for key, names in self._changed.items()
@@ -190,6 +203,14 @@ class Resume:
                 _refuse(self.path, found, "fit(..., allow_changes=True) goes on with what is now")
         if self._state["fingerprint"].get("lr") != learn._lr and learn._lr is not None:
             self._changed["opt"].append("lr")
+        with applying(self.path, "the optimiser"):  # contexts will find what they found when the fit began
+            for group, values in zip(learn.opt.param_groups, saved.get("opt", {}).get("at_rest", ()), strict=False):
+                for name, value in values.items():
+                    is_number = isinstance(group.get(name), (int, float, tuple)) and not isinstance(group[name], bool)
+                    if is_number and name not in self._changed["opt"]:
+                        if not alike(value, group[name]):
+                            raise ValueError(f"{name}={value!r:.40}")
+                        group[name] = value
 
     def enter(self, learn: Learner, loader: Any) -> Iterator[Any]:
         """The rest of the epoch, entered by index; then everything is loaded that changes while a fit goes on."""
@@ -200,9 +221,17 @@ class Resume:
             generators = loader_generators(loader)
             learn.rng_of_epoch = RandomState.from_state_dict(self.position["rng_of_epoch"], generators)
             learn.rng_of_epoch.restore()
-            batches = enter(loader, start if length is None else min(start, length), self.position.get("loader"))
+            state = self.position.get("loader")
+            self._note_loader(learn, state)
+            batches = enter(loader, start if length is None else min(start, length), state)
         self.finish(learn)
         return batches
+
+    def _note_loader(self, learn: Learner, state: Any) -> None:
+        loader: Any = learn.dls.train
+        if state is not None and learn._undo is not None:
+            with preserve_rng(loader_generators(loader)):  # one that was never begun may begin now
+                learn._undo.note(loader, loader.state_dict())
 
     def finish(self, learn: Learner) -> None:
         """Load what contexts and the events before have set anew: optimisers, scaler, callbacks, random states."""
@@ -216,28 +245,33 @@ class Resume:
             for p, name in names.items():
                 if p.requires_grad != (name not in state["frozen"]):
                     p.requires_grad_(not p.requires_grad)
-                p.grad = None if name not in state["grads"] else state["grads"][name].to(p.device, copy=True)
+                p.grad = gradient(state["grads"][name], p) if name in state["grads"] else None
             if learn.scaler is not None:
-                learn.scaler.load_state_dict(state["scaler"])
+                _load_scaler(learn.scaler, state["scaler"])
                 learn._scaled_by = learn.scaler
             if not self.in_epoch and position.get("loader") is not None:
+                self._note_loader(learn, position["loader"])
                 learn.dls.train.load_state_dict(position["loader"])  # type: ignore[attr-defined]  # it has given it
             if self.in_epoch:
                 learn.running_loss.load_state_dict(position["running_loss"], learn.device)
                 learn._began = time.perf_counter() - float(position["seconds"])
-            _load_callbacks(learn.cbs, state["callbacks"])
-            learn.step_idx, learn.stop_reason = position["step"], position["stop_reason"]
+            _load_callbacks(learn.cbs, state["callbacks"], learn._undo)
+            learn.step_idx, learn.stop_reason = position["step"], learn.stop_reason or position["stop_reason"]
+            if self.in_epoch:
+                generators = loader_generators(learn.dls.train)
+                learn.rng_of_epoch = RandomState.from_state_dict(position["rng_of_epoch"], generators)
         rng.restore()
         self._state = {}  # the memory of a whole file
 
     def _load_optimizers(self, learn: Learner) -> None:
         """The optimisers as they were, but for options that are now others: those begin to count here."""
         opts = named_optimizers(learn)
-        now = {key: values_of_groups(opts[key]) for key, names in self._changed.items() if names}
+        now = {key: values_of_groups(opt) for key, opt in opts.items()}  # a schedule may have put in something new
         load_optimizers(learn, self._state["optimizers"], at_rest=False)
         for key, groups in now.items():
             for group, values in zip(opts[key].param_groups, groups, strict=True):
                 group.update({name: values[name] for name in self._changed[key] if name in values})
+                group.update({name: value for name, value in values.items() if name not in group})
 
     def _check_scaler(self, learn: Learner) -> None:
         if (learn.scaler is None) != (self._state["scaler"] is None):
@@ -299,6 +333,9 @@ def _checked(path: Any, state: Any) -> dict[str, Any]:
         wrong.append("scaler")
     if position is not None and not _is_position(position):
         wrong.append("position")
+    counters = [state["counters"].get(name) for name in ("fits", "epochs_begun")] if "counters" not in wrong else []
+    if not _are_counts(counters) or (isinstance(position, dict) and position.get("batch") and counters[1:] == [0]):
+        wrong.append("counters")
     if wrong:
         raise CheckpointError(
             f"path={str(path)!r} is no state of a Learner: it lacks {', '.join(wrong)}. Was it written by learn.save?"
@@ -309,10 +346,13 @@ def _checked(path: Any, state: Any) -> dict[str, Any]:
 def _is_position(position: Any) -> bool:
     if not isinstance(position, dict) or not isinstance(position.get("stop_reason", 0), (str, type(None))):
         return False
-    counts = [position.get(name) for name in _COUNTS]
-    if not all(type(count) is int and 0 <= count < 2**62 for count in counts):
+    if not _are_counts([position.get(name) for name in _COUNTS]) or type(position.get("is_over")) is not bool:
         return False
     return not position["batch"] or {"seconds", "running_loss", "rng_of_epoch"} <= set(position)
+
+
+def _are_counts(values: list[Any]) -> bool:
+    return all(type(value) is int and 0 <= value < 2**62 for value in values)
 
 
 def _refuse(path: Any, found: list[str], remedy: str) -> None:
@@ -323,15 +363,12 @@ def _refuse(path: Any, found: list[str], remedy: str) -> None:
 
 def _model_differences(learn: Learner, state: Mapping[str, Any]) -> list[str]:
     found = model_differences(learn.model, state["model"])
-    if isinstance(learn.loss_func, nn.Module) and (state["loss_func"] or learn.loss_func.state_dict()):
-        found += model_differences(learn.loss_func, state["loss_func"], "the loss")
-    return found
+    return found + model_differences(loss_module(learn), state["loss_func"], "the loss")
 
 
 def _load_weights(learn: Learner, state: Mapping[str, Any]) -> None:
     load_model(learn.model, state["model"], state["hidden_buffers"])
-    if isinstance(learn.loss_func, nn.Module):
-        load_model(learn.loss_func, state["loss_func"], {})
+    load_model(loss_module(learn), state["loss_func"], state["hidden_loss_buffers"])
 
 
 def _load_history(learn: Learner, state: Mapping[str, Any]) -> None:
@@ -341,19 +378,22 @@ def _load_history(learn: Learner, state: Mapping[str, Any]) -> None:
     learn.history[:] = [dict(row) for row in rows]
 
 
-def _load_callbacks(cbs: Iterable[Callback], states: Mapping[str, Any]) -> None:
-    """Give each callback its state; if one refuses, those before it get their own back."""
-    taken: list[tuple[Callback, dict[str, Any]]] = []
-    try:
-        for cb in cbs:
-            if (key := state_key(cb)) in states:
-                taken.append((cb, cb.state_dict()))
-                try:
-                    cb.load_state_dict(states[key])
-                except Exception as error:
-                    raise ValueError(f"the state of {key}: {error}") from error
-    except BaseException:
-        for cb, before in reversed(taken):
-            with suppress(Exception):  # it is the first error that is to be seen
-                cb.load_state_dict(before)
-        raise
+def _load_scaler(scaler: Any, saved: Mapping[str, Any]) -> None:
+    own = scaler.state_dict()
+    wrong = [key for key in own if key not in saved or not alike(saved[key], own[key]) or saved[key] < 0]
+    if wrong or len(saved) != len(own):
+        raise ValueError(f"the scaler's {wrong[0] if wrong else 'state'} is none of this GradScaler")
+    if own:
+        scaler.load_state_dict(dict(saved))
+
+
+def _load_callbacks(cbs: Iterable[Callback], states: Mapping[str, Any], undo: Undo | None) -> None:
+    """Give each callback its state; what it had is noted, to be given back if anything fails."""
+    for cb in cbs:
+        if (key := state_key(cb)) in states:
+            if undo is not None:
+                undo.note(cb, cb.state_dict())
+            try:
+                cb.load_state_dict(states[key])
+            except Exception as error:
+                raise ValueError(f"the state of {key}: {error}") from error

@@ -31,6 +31,7 @@ from minitrain.preserve import (
 )
 from minitrain.random_states import RandomState
 from minitrain.restore import Resume, find
+from minitrain.snapshot import COUNTERS
 from minitrain.stages import Stages
 
 if TYPE_CHECKING:
@@ -98,13 +99,13 @@ class Before:
 
     def __init__(self, learn: Learner) -> None:
         self._learn = learn
-        self._counters = learn._fits, learn._epochs_begun, learn.position
+        self._counters = {name: getattr(learn, name) for name in COUNTERS}
         self._rng, self._buffers = RandomState(loader_generators(learn.dls.train)), Buffers(learn.model)
         self._grads = [(p, p.grad) for p in learn.model.parameters()]
 
     def restore(self) -> None:
         """Put it all back."""
-        self._learn._fits, self._learn._epochs_begun, self._learn.position = self._counters
+        vars(self._learn).update(self._counters)
         self._buffers.restore()
         for p, grad in self._grads:
             p.grad = grad
@@ -147,9 +148,20 @@ def _set_position(learn: Learner) -> None:
     done = saved["epoch"] >= learn.n_epochs or (saved["stop_reason"] is not None and not saved["batch"])
     learn.epoch = max(saved["epoch"] - done, 0)
     learn.step_idx, learn.batch_idx = saved["step"], saved["batch_idx"]
-    learn._fits = max(saved["fits"], 1)
-    learn._epochs_begun = saved["epochs_begun"] - (saved["batch"] > 0)  # that epoch begins once more
+    counters = learn._resume.counters
+    learn._fits = max(counters["fits"], 1)
+    learn._epochs_begun = counters["epochs_begun"] - (saved["batch"] > 0)  # that epoch begins once more
     learn.position = saved["epoch"], saved["batch"]
+
+
+def take_over(learn: Learner, n_epochs: int, going_on: Resume) -> None:
+    """A fit that goes on from a file which was saved after it had ended: there is nothing to do but to load."""
+    with resuming(learn, going_on):
+        prepare(learn)
+        going_on.check_optimizers(learn)
+        learn.n_epochs = n_epochs
+        _set_position(learn)
+        going_on.finish(learn)
 
 
 @contextmanager

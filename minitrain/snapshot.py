@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,21 +41,24 @@ def snapshot(learn: Learner) -> dict[str, Any]:
     """
     names = parameter_names(learn.model, learn.loss_func)
     opts = {"opt": learn._opt, **{f"opts.{name}": opt for name, opt in learn.opts.items()}}
-    states = {state_key(cb): _state_of(cb) for cb in learn.cbs}
+    loss = loss_module(learn)
+    states = {state_key(cb): _state_of(cb) for cb in learn.cbs if keeps_state(cb)}
     position = _position(learn)
     return {
         "versions": versions(learn.device),
         "position": position,
+        "counters": {"fits": learn._fits, "epochs_begun": learn._epochs_begun},
         "initialized": learn.initialized or not learn._init,
         "fingerprint": _fingerprint(learn),
         "model": inner(learn.model).state_dict(),
         "hidden_buffers": {name: buffer for name, _, _, buffer in hidden_buffers(learn.model)},
-        "loss_func": learn.loss_func.state_dict() if isinstance(learn.loss_func, nn.Module) else {},
+        "loss_func": loss.state_dict(),
+        "hidden_loss_buffers": {name: buffer for name, _, _, buffer in hidden_buffers(loss)},
         "optimizers": {key: _optimizer(learn, key, opt, names) for key, opt in opts.items() if opt is not None},
         "scaler": None if learn.scaler is None else learn.scaler.state_dict(),
         "frozen": [name for p, name in names.items() if not p.requires_grad],
-        "grads": {} if position is None else {name: p.grad for p, name in names.items() if p.grad is not None},
-        "callbacks": {key: state for key, state in states.items() if state},
+        "grads": {} if position is None else {n: _dense(p.grad) for p, n in names.items() if p.grad is not None},
+        "callbacks": states,
         "history": list(learn.history),
         "rng": RandomState(loader_generators(learn.dls.train)).state_dict(),
     }
@@ -65,6 +68,36 @@ def _optimizer(learn: Learner, key: str, opt: Any, names: Mapping[nn.Parameter, 
     """Its state, and in the midst of a fit also what its groups will be given back when that ends."""
     at_rest = {"at_rest": learn._groups_at_rest} if key == "opt" and learn.phase == "fit" else {}
     return optimizer_state(opt, names) | at_rest
+
+
+def loss_module(learn: Learner) -> nn.Module:
+    """The loss, if it is a module; else an empty one."""
+    return learn.loss_func if isinstance(learn.loss_func, nn.Module) else nn.Module()
+
+
+def _dense(grad: Tensor) -> Any:
+    """A gradient as a file can hold it: of a sparse one its parts."""
+    if grad.layout is not torch.sparse_coo:
+        return grad
+    parts = {"indices": grad._indices(), "values": grad._values(), "shape": list(grad.shape)}
+    return parts | {"is_coalesced": grad.is_coalesced()}
+
+
+def gradient(saved: Any, p: nn.Parameter) -> Tensor:
+    """What `snapshot` has kept of the gradient of `p`."""
+    if isinstance(saved, Mapping):
+        parts = saved["indices"].to(p.device), saved["values"].to(p.device), tuple(saved["shape"])
+        sparse = torch.sparse_coo_tensor(*parts, check_invariants=True)
+        return sparse._coalesced_(bool(saved["is_coalesced"]))
+    if saved.shape != p.shape or saved.dtype != p.dtype:
+        raise ValueError(f"a gradient is {saved.dtype} {tuple(saved.shape)} for {p.dtype} {tuple(p.shape)}")
+    grad: Tensor = saved.to(p.device, copy=True)
+    return grad
+
+
+def keeps_state(cb: Callback) -> bool:
+    """Whether a callback gives a state to a checkpoint."""
+    return type(cb).state_dict is not Callback.state_dict or "state_dict" in vars(cb)
 
 
 def _state_of(cb: Callback) -> dict[str, Any]:
@@ -86,27 +119,27 @@ def _fingerprint(learn: Learner) -> dict[str, Any]:
 
 def _position(learn: Learner) -> dict[str, Any] | None:
     """Where the run goes on: after so many epochs, and so many batches of the next one."""
-    if learn.position is None:
+    if learn.position is None or learn.phase in ("validate", "predict"):
         return None
     epoch, batch = learn.position
+    if batch and learn.rng_of_epoch is None:
+        return None
     position: dict[str, Any] = {
         "epoch": epoch,
         "batch": batch,
         "step": learn.step_idx,
         "batch_idx": learn.batch_idx,
         "n_epochs": learn.n_epochs,
-        "fits": learn._fits,
-        "epochs_begun": learn._epochs_begun,
+        "is_over": learn.phase is None,
         "stop_reason": learn.stop_reason,
     }
     if learn.rng_of_epoch is not None:
         position["loader"] = loader_state(learn.dls.train)
     if batch:
-        assert learn.rng_of_epoch is not None
         position |= {
             "seconds": time.perf_counter() - learn._began,
             "running_loss": learn.running_loss.state_dict(),
-            "rng_of_epoch": learn.rng_of_epoch.state_dict(),
+            "rng_of_epoch": learn.rng_of_epoch.state_dict() if learn.rng_of_epoch else None,
         }
     return position
 
@@ -131,17 +164,15 @@ def model_differences(module: Any, saved: Any, what: str = "the model") -> list[
     missing, unexpected = [n for n in own if n not in saved], [n for n in saved if n not in own]
     found = [f"missing in the file: {listed(missing)}"] if missing else []
     found += [f"unexpected in the file, since {what} has no such names: {listed(unexpected)}"] if unexpected else []
-    shapes = {
-        name: (_shape(saved[name]), _shape(own[name])) for name in own if name in saved and not is_lazy(own[name])
-    }
-    wrong = [f"{name!r} is {a} in the file and {b} here" for name, (a, b) in shapes.items() if a != b]
-    return found + ([f"of another shape: {listed(wrong, quote=False)}"] if wrong else [])
+    forms = {n: (_form(saved[n]), _form(own[n])) for n in own if n in saved and not is_lazy(own[n])}
+    wrong = [f"{name!r} is {a} in the file and {b} here" for name, (a, b) in forms.items() if a != b]
+    return found + ([f"of another form: {listed(wrong, quote=False)}"] if wrong else [])
 
 
 def load_model(module: Any, saved: Mapping[str, Any], hidden: Mapping[str, Any]) -> None:
     """Copy what fits into a module's parameters and buffers, in place."""
     own = inner(module).state_dict()
-    fits = {n: v for n, v in saved.items() if n in own and (is_lazy(own[n]) or _shape(own[n]) == _shape(v))}
+    fits = {name: value for name, value in saved.items() if name in own and _fits(value, own[name])}
     inner(module).load_state_dict(fits, strict=False)
     for name, owner, key, buffer in list(hidden_buffers(module)):
         if name in hidden:
@@ -157,8 +188,18 @@ def _set_buffer(owner: nn.Module, key: str, buffer: Tensor | None, value: Any) -
             buffer.copy_(value)
 
 
-def _shape(value: Any) -> Any:
-    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+def _form(value: Any) -> str:
+    """Dtype and shape of a tensor; of extra state the owner must judge."""
+    return (
+        f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}" if isinstance(value, Tensor) else "no tensor"
+    )
+
+
+def _fits(saved: Any, own: Any) -> bool:
+    """Whether it can be copied: of the same shape, and nothing complex into something real."""
+    if not isinstance(own, Tensor) or not isinstance(saved, Tensor):
+        return isinstance(own, Tensor) == isinstance(saved, Tensor)
+    return is_lazy(own) or (saved.shape == own.shape and (own.is_complex() or not saved.is_complex()))
 
 
 def listed(things: list[str], quote: bool = True) -> str:
@@ -169,7 +210,19 @@ def listed(things: list[str], quote: bool = True) -> str:
 
 # -- all or nothing ---------------------------------------------------------------------------------------------------
 
-_OWN = ("_opt", "initialized", "_fits", "_epochs_begun", "resumed", "position", "stop_reason")
+# The counters of a Learner, which a fit that has trained on nothing leaves as they were.
+COUNTERS: tuple[str, ...] = (
+    "_fits",
+    "_epochs_begun",
+    "position",
+    "epoch",
+    "step_idx",
+    "batch_idx",
+    "n_epochs",
+    "stop_reason",
+    "resumed",
+)
+COUNTERS += ("running_loss", "rng_of_epoch", "_lr", "_groups_at_rest")
 
 
 class Undo:
@@ -177,15 +230,21 @@ class Undo:
 
     def __init__(self, learn: Learner) -> None:
         self._learn = learn
-        self._own = {name: getattr(learn, name) for name in _OWN}
+        self._own = {name: getattr(learn, name) for name in (*COUNTERS, "_opt", "initialized")}
         self._history = list(learn.history)
-        modules = [m for m in (learn.model, learn.loss_func) if isinstance(m, nn.Module)]
+        modules = [learn.model, loss_module(learn)]
         self._modules = [(inner(m), _copied(inner(m).state_dict())) for m in modules]
         self._buffers = [Buffers(m) for m in modules]
-        self._grads = [(p, p.grad) for m in modules for p in m.parameters()]
-        opts = [opt for opt in (learn._opt, *learn.opts.values()) if opt is not None]
+        self._parameters = [(p, p.grad, p.requires_grad) for m in modules for p in m.parameters()]
+        ready = learn._opt_args[0] if isinstance(learn._opt_args[0], torch.optim.Optimizer) else None
+        opts = [opt for opt in (learn._opt or ready, *learn.opts.values()) if opt is not None]
         self._opts = [(opt, copy.deepcopy(opt.state_dict())) for opt in opts]
-        self._scaler = None if learn.scaler is None else learn.scaler.state_dict()
+        self._scaler = None if learn.scaler is None else (learn.scaler, learn.scaler.state_dict())
+        self._taken: list[tuple[Any, Any]] = []
+
+    def note(self, thing: Any, state: Any) -> None:
+        """Something with a `load_state_dict` is about to be loaded; this is its state until now."""
+        self._taken.append((thing, copy.deepcopy(state)))
 
     def restore(self) -> None:
         """Put it all back."""
@@ -195,12 +254,17 @@ class Undo:
             module.load_state_dict(state, strict=False)
         for buffers in self._buffers:
             buffers.restore()
-        for p, grad in self._grads:
+        for p, grad, requires_grad in self._parameters:
             p.grad = grad
+            if p.requires_grad != requires_grad:
+                p.requires_grad_(requires_grad)
         for opt, state in self._opts:
             opt.load_state_dict(state)
-        if self._scaler is not None and self._learn.scaler is not None:
-            self._learn.scaler.load_state_dict(self._scaler)
+        if self._scaler is not None:
+            self._scaler[0].load_state_dict(self._scaler[1])
+        for thing, state in reversed(self._taken):
+            with suppress(Exception):  # it is the error that led here that is to be seen
+                thing.load_state_dict(state)
 
 
 def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -229,8 +293,10 @@ def named_optimizers(learn: Learner) -> dict[str, Any]:
 
 
 def training_differences(learn: Learner, saved: Mapping[str, Any]) -> list[str]:
-    """Why the optimisers of a file do not fit those of a Learner, a sentence each."""
-    names, found = parameter_names(learn.model, learn.loss_func), []
+    """Why the optimisers of a file do not fit those of a Learner, a sentence each. None at all fit any: nothing was trained."""
+    names, found = parameter_names(learn.model, learn.loss_func), list[str]()
+    if not saved:
+        return found
     opts = named_optimizers(learn)
     for key in [*opts, *(key for key in saved if key not in opts)]:
         if key not in saved:
@@ -252,5 +318,5 @@ def load_optimizers(learn: Learner, saved: Mapping[str, Any], *, at_rest: bool) 
             belongs to that fit.
     """
     names = parameter_names(learn.model, learn.loss_func)
-    for key, opt in named_optimizers(learn).items():
+    for key, opt in named_optimizers(learn).items() if saved else ():
         load_optimizer(opt, saved[key], names, saved[key].get("at_rest") if at_rest else None)

@@ -139,8 +139,16 @@ class Activity:
         return {"silent": {name: t.cpu() for name, t in self._silent.items()}, "rows": dict(self._rows)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it back."""
-        self._silent, self._rows = dict(state["silent"]), dict(state["rows"])
+        """Take it back.
+
+        Raises:
+            ValueError: It is none.
+        """
+        silent, rows = dict(state["silent"]), dict(state["rows"])
+        fits = all(isinstance(t, Tensor) and t.dtype == torch.int32 and t.ndim == 1 for t in silent.values())
+        if not fits or set(silent) != set(rows) or not all(type(n) is int and n >= 0 for n in rows.values()):
+            raise ValueError("the silence of the units is not given in rows.")
+        self._silent, self._rows = silent, rows
 
 
 def _any(x: Tensor, dim: int, positive: bool) -> Tensor:

@@ -379,6 +379,14 @@ def test_a_clean_exit_leaves_no_thread_and_no_save_point(tmp_path):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A job in the background of a shell ignores Ctrl-C, and so do the processes that it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 # -- interrupts -------------------------------------------------------------------------------------------------------
 
 

@@ -536,7 +536,7 @@ def test_another_run_is_refused_and_every_difference_named(tmp_path, options, me
         (lambda: nn.Linear(1, 1), r"missing in the file: 'weight', 'bias'"),
         (
             lambda: nn.Sequential(nn.Linear(1, 9), nn.BatchNorm1d(9), nn.Dropout(0.3), nn.Linear(9, 1)),
-            r"'0\.weight' is \(8, 1\) in",
+            r"'0\.weight' is float32 \(8, 1\) in the file",
         ),
     ],
 )

@@ -18,7 +18,7 @@ from minitrain.bars import rank
 from minitrain.callback import Callback
 from minitrain.callbacks.monitor import Monitor
 from minitrain.errors import CheckpointError
-from minitrain.folder import locked, mark_best, name_of, numbered, retain
+from minitrain.folder import BEST, link, locked, name_of, numbered, retain
 from minitrain.interrupts import Interrupts
 from minitrain.passes import loader_length
 from minitrain.skip import inexact
@@ -70,14 +70,14 @@ class Checkpoint(Callback):
         >>> x = torch.linspace(-1, 1, 40).reshape(-1, 1)
         >>> def learner(folder):
         ...     dls = DataLoaders(BatchLoader(x, 2 * x, batch_size=4, shuffle=True))
-        ...     cbs = [Checkpoint(folder, every=3)]
+        ...     cbs = [Checkpoint(folder)]
         ...     return Learner(torch.nn.Linear(1, 1), dls, torch.nn.MSELoss(), lr=0.01, seed=1, cbs=cbs, progress=False)
         >>> folder = tempfile.mkdtemp()
         >>> learner(folder).fit(1, resume="auto")  # there is none yet: it begins
         >>> learn = learner(folder)
         >>> learn.fit(2, resume="auto")  # one more epoch
         >>> learn.history.to_dict()["epoch"], learn.cbs[0].last.name
-        ([0, 1], '000008-epoch2-batch0.ckpt')
+        ([0, 1], '000002-epoch2-batch0.ckpt')
     """
 
     def __init__(
@@ -105,12 +105,14 @@ class Checkpoint(Callback):
         for name, value in (("async_write", async_write), ("on_interrupt", on_interrupt)):
             if not isinstance(value, bool):
                 raise TypeError(f"{name}={value!r} (type={type(value).__name__}), wanted True or False.")
-        self.folder, self.every, self.keep_last = Path(folder), every, keep_last
+        self.folder, self.every, self.keep_last = Path(folder).absolute(), every, keep_last
         self.keep_best, self.mode = keep_best, mode
         self.async_write, self.on_interrupt = async_write, on_interrupt
         self._monitor = None if keep_best is None else Monitor(keep_best, mode, "keep_best")
         self.last: Path | None = None
         self.best: float | None = None
+        self._best_before: float | None = None  # while the best one is being written
+        self._is_best_under_way = False
         self._writing: Future[Path] | None = None
         self._failures = 0
         self._buffers: dict[Any, Any] = {}  # the copy, whose memory is used again
@@ -142,10 +144,11 @@ class Checkpoint(Callback):
                         if self._interrupts.pending is not None and "DataLoader worker" in str(error):
                             self._at_save_point(learn)  # the signal has reached the workers, too: no batch can be drawn
                         raise
-                self._settle()
+                    self._settle()
+                    self._interrupts.go_on()  # one that has come after the last save point
             finally:
                 learn.save_points.remove(self._at_save_point)
-                self._buffers, self._held = {}, None
+                self._abandon()
 
     def before_fit(self, learn: Learner) -> None:
         """A new fit has its own best value."""
@@ -198,7 +201,7 @@ class Checkpoint(Callback):
         self._batches += batch > 0
         if self._marked is None:
             self._marked = max(self._steps(learn) - 1, 0)
-        if self._writing is not None and self._writing.done():
+        if self._writing is not None and (self._writing.done() or not batch):
             self._settle()
         at_end = not batch and (epoch >= learn.n_epochs or learn.stop_reason is not None)
         is_best = not batch and self._is_best(learn)
@@ -232,7 +235,7 @@ class Checkpoint(Callback):
         value = self._monitor.value(row)
         if not self._monitor.is_better(value, self.best):
             return False
-        self.best = value
+        self._best_before, self.best = self.best, value
         return True
 
     def _save(self, learn: Learner, is_best: bool, wait: bool) -> None:
@@ -244,6 +247,7 @@ class Checkpoint(Callback):
 
     def _write(self, state: dict[str, Any], is_best: bool, wait: bool) -> None:
         self._number += 1
+        self._is_best_under_way = is_best
         path = self.folder / name_of(self._number, state["position"]["epoch"], state["position"]["batch"])
         if not wait:
             self._writing = self._pool.submit(self._put, path, state, is_best)
@@ -255,9 +259,11 @@ class Checkpoint(Callback):
 
     def _put(self, path: Path, state: dict[str, Any], is_best: bool) -> Path:
         """Write a file, and only then let older ones go."""
-        checkpoint.write(path, state, cancelled=self._cancelled)
-        if is_best:
-            mark_best(path)
+        if is_best:  # it is written first: who is killed in between will find this epoch to be the best once more
+            checkpoint.write(path.with_name(BEST), state, cancelled=self._cancelled)
+            link(path.with_name(BEST), path)
+        else:
+            checkpoint.write(path, state, cancelled=self._cancelled)
         if self.keep_last is not None:
             retain(self.folder, self.keep_last)
         return path
@@ -271,11 +277,21 @@ class Checkpoint(Callback):
             except CheckpointError as error:
                 self._failed(error)
 
+    def _abandon(self) -> None:
+        """The fit has ended, maybe by an error: let go of everything, and say so if the last file could not be written."""
+        writing, self._writing = self._writing, None
+        error = None if writing is None else writing.exception()
+        if error is not None and not self._cancelled.is_set():
+            warnings.warn(f"{error} The checkpoints from before are kept.", stacklevel=2)
+        self._buffers, self._held = {}, None
+
     def _written(self, path: Path) -> None:
         self.last, self._failures = path, 0
 
     def _failed(self, error: CheckpointError) -> None:
         self._failures += 1
+        if self._is_best_under_way:
+            self.best = self._best_before
         if self._failures > 1:
             raise error
         warnings.warn(f"{error} The checkpoints from before are kept; the next one will be tried.", stacklevel=2)

@@ -54,14 +54,15 @@ class Monitor:
             )
 
     def value(self, row: dict[str, Any]) -> float:
-        """The value in a row; NaN where it was not measured.
+        """The value in a row; NaN where it was not measured, as in an epoch whose validation was cancelled.
 
         Raises:
             ValueError: No row will have it.
         """
-        if self.name not in row:
+        if self.name not in row and any(name.startswith("valid_") for name in row):
             raise ValueError(f"{self._argument}={self.name!r}: the history has no such column, but {', '.join(row)}.")
-        return math.nan if row[self.name] is None else float(row[self.name])
+        value = row.get(self.name)
+        return math.nan if value is None else float(value)
 
     def is_better(self, value: float, than: float | None) -> bool:
         """Whether `value` is better than the best so far; NaN never is, and any number is better than none."""

@@ -249,6 +249,10 @@ class Recorder(Callback):
                 raise ValueError(f"the state has the tables {sorted(saved)}, this {own} has {sorted(recordings)}.")
             for key, table in saved.items():
                 recordings[key].load_state_dict(table)
+            if set(counts) != set(self._phases) or not all(type(n) is int and n >= 0 for n in counts.values()):
+                raise ValueError(
+                    f"counts={counts!r:.60}, wanted how many steps there were in {', '.join(self._phases)}."
+                )
             for phase, activity in activities.items():
                 activity.load_state_dict(state["activity"][phase])
         except (KeyError, TypeError, AttributeError) as error:

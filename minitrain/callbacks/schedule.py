@@ -78,6 +78,7 @@ class OneCycle(Callback):
         self.momentums: list[float] = []
         self._scheduler: OneCycleLR | None = None
         self._before: list[dict[str, Any]] = []  # the groups' values when the fit began
+        self._is_over = False  # a fit that goes on where nothing is left of it
 
     @contextmanager
     def during_fit(self, learn: Learner) -> Iterator[None]:
@@ -96,6 +97,7 @@ class OneCycle(Callback):
 
     def before_fit(self, learn: Learner) -> None:
         """Begin the cycle."""
+        self._is_over = learn.position is not None and learn.position[0] >= learn.n_epochs
         self.lrs, self.momentums = [], []
         groups = learn.opt.param_groups
         total = self.total_steps if self.total_steps is not None else _count_steps(learn)
@@ -131,7 +133,7 @@ class OneCycle(Callback):
         scheduler = self._scheduler
         assert scheduler is not None
         made, total = len(self.lrs), scheduler.total_steps
-        if made < 0.9 * total and learn.stop_reason is None:
+        if made < 0.9 * total and learn.stop_reason is None and not self._is_over:
             cause = "updates or batches were cancelled" if made else "train_batch is overridden and fires no after_step"
             rate = float(learn.opt.param_groups[0]["lr"])
             warnings.warn(
@@ -167,6 +169,8 @@ class OneCycle(Callback):
         """
         scheduler = self._scheduler
         lrs, momentums = [float(rate) for rate in state["lrs"]], [float(value) for value in state["momentums"]]
+        if scheduler is not None and "scheduler" not in state and not self._is_over:
+            raise ValueError("the cycle had come to its end when this was saved: load the file, and begin another fit.")
         if scheduler is not None and "scheduler" in state:
             saved, own = state["scheduler"], scheduler.state_dict()
             if saved["total_steps"] != own["total_steps"]:
@@ -180,8 +184,11 @@ class OneCycle(Callback):
             present = [_values(group) for group in scheduler.optimizer.param_groups]
             if not (_fits(state["groups"], present) and _fits(state["before"], self._before)):
                 raise ValueError("the cycle was made for other parameter groups.")
-            if type(saved["last_epoch"]) is not int or not 0 <= saved["last_epoch"] < own["total_steps"]:
-                raise ValueError(f"last_epoch={saved['last_epoch']!r:.40} is no step of this cycle.")
+            for key in ("last_epoch", "_step_count"):
+                if type(saved[key]) is not int or not 0 <= saved[key] <= own["total_steps"]:
+                    raise ValueError(f"{key}={saved[key]!r:.40} is no step of this cycle.")
+            if not alike(saved["_last_lr"], own["_last_lr"]):
+                raise ValueError(f"_last_lr={saved['_last_lr']!r:.40} are no rates of this cycle.")
             scheduler.load_state_dict({key: saved[key] for key in own})
             _put_back(scheduler.optimizer, state["groups"])
             self._before = state["before"]

@@ -111,6 +111,8 @@ class LayerStats(Recorder):
     def _checked(self, state: dict[str, Any]) -> Callable[[], None]:
         take = super()._checked(state)
         called = list(state.get("called", ()))
+        if not all(isinstance(name, str) for name in called):
+            raise ValueError(f"called={called!r:.60}, wanted names of layers.")
 
         def take_all() -> None:
             take()
