@@ -6,7 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,7 +148,7 @@ class Resume:
         if not allow_changes:
             _refuse(path, found, "fit(..., allow_changes=True) goes on nevertheless, though not exactly")
         for key in [state_key(cb) for cb in cbs if keeps_state(cb) and not isinstance(cb, Checkpoint)]:
-            if key not in state["callbacks"]:
+            if key not in state["callbacks"] and not self.is_over:
                 warnings.warn(f"path={str(path)!r} has no state of {key}: it begins anew.", stacklevel=5)
         self._allow_changes = allow_changes
         self._changed: dict[str, list[str]] = {}  # of each optimiser the options that are now others
@@ -392,7 +392,8 @@ def _load_callbacks(cbs: Iterable[Callback], states: Mapping[str, Any], undo: Un
     for cb in cbs:
         if (key := state_key(cb)) in states:
             if undo is not None:
-                undo.note(cb, cb.state_dict())
+                with suppress(Exception):  # one that makes its state in `before_fit` has none to be given back
+                    undo.note(cb, cb.state_dict())
             try:
                 cb.load_state_dict(states[key])
             except Exception as error:

@@ -412,7 +412,7 @@ def digest(learn):
 
 def _bytes(value):
     if isinstance(value, dict):
-        return b"{" + b",".join(_bytes(key) + b":" + _bytes(item) for key, item in value.items()) + b"}"
+        return b"{" + b",".join(sorted(_bytes(key) + b":" + _bytes(item) for key, item in value.items())) + b"}"
     if isinstance(value, (list, tuple)):
         return b"[" + b",".join(map(_bytes, value)) + b"]"
     if isinstance(value, torch.Tensor):
