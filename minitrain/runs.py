@@ -156,7 +156,7 @@ def _set_position(learn: Learner) -> None:
 
 def take_over(learn: Learner, n_epochs: int, going_on: Resume) -> None:
     """A fit that goes on from a file which was saved after it had ended: there is nothing to do but to load."""
-    with resuming(learn, going_on):
+    with seeded(learn), resuming(learn, going_on):
         prepare(learn)
         going_on.check_optimizers(learn)
         learn.n_epochs = n_epochs
