@@ -587,3 +587,147 @@ def test_a_state_that_is_empty_is_a_state(tmp_path):
     learn = learner(Fickle())
     learn.fit(1, resume=path, cbs=[at("before_batch", lambda learn: seen.append(learn.cbs[0].mark))])
     assert seen == [None] * 3
+
+
+# -- what broken versions got by with ---------------------------------------------------------------------------------
+
+
+def test_contexts_see_the_loaded_weights_and_what_before_fit_does_to_them_is_undone(tmp_path):
+    seen = []
+
+    class Spoil(Callback):
+        @contextmanager
+        def during_fit(self, learn):
+            seen.append(learn.model[0].weight.detach().clone())
+            yield
+
+        def before_fit(self, learn):
+            with torch.no_grad():
+                learn.model[0].weight.mul_(1.5)
+
+    path = tmp_path / "a.ckpt"
+    whole, again = learner(Spoil()), learner(Spoil())
+    whole.fit(2)
+    with pytest.raises(Crash):
+        learner(Spoil(), SaveAt(path, 3), CrashAt(3)).fit(2)
+    again.fit(2, resume=path)
+    same(whole, again)
+    assert seen[-1].equal(checkpoint.read(path)["model"]["0.weight"])
+
+
+def test_moments_keep_a_dtype_that_is_not_the_parameters(tmp_path):
+    class Wide(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                sums = self.state[p].setdefault("sums", torch.zeros_like(p, dtype=torch.float64))
+                sums.add_(p.grad.double())
+                p.sub_((0.01 * sums).to(p.dtype))
+
+    path = saved_run(tmp_path, opt_func=Wide)
+    whole, again = learner(opt_func=Wide), learner(opt_func=Wide)
+    whole.fit(2)
+    again.fit(2, resume=path)
+    same(whole, again)
+
+
+def test_nothing_falls_due_at_once_since_a_fit_has_been_resumed(tmp_path):
+    learner(Checkpoint(tmp_path, every=4, async_write=False), CrashAt(99)).fit(1)
+    learner(Checkpoint(tmp_path, every=4, async_write=False), CrashAt(99), valid=False).fit(2, resume="auto")
+    assert [path.name[7:] for _, path in folder.numbered(tmp_path)] == [
+        "epoch1-batch2.ckpt",
+        "epoch1-batch6.ckpt",
+        "epoch2-batch0.ckpt",
+    ]
+
+
+def test_a_fit_that_has_trained_is_not_undone(tmp_path):
+    path = saved_run(tmp_path)
+    learn = learner(CrashAt(2))
+    with pytest.raises(Crash):
+        learn.fit(2, resume=path)
+    assert not learn.model[0].weight.equal(checkpoint.read(path)["model"]["0.weight"])
+    assert learn.step_idx == 5
+
+
+def test_gradients_and_a_scaler_of_ones_own_are_put_back(tmp_path):
+    path = tmp_path / "a.ckpt"
+
+    def run(*cbs):
+        learn = learner(*cbs)
+        learn.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+        return learn
+
+    with pytest.raises(Crash):
+        run(SaveAt(path, 3), CrashAt(3)).fit(1)
+    assert checkpoint.read(path)["scaler"]["scale"] == 16.0
+    learn = run(at("before_batch", cancel(Crash)))
+    for p in learn.model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(Crash):
+        learn.fit(1, resume=path)
+    assert all(p.grad is not None and bool((p.grad == 1).all()) for p in learn.model.parameters())
+    assert learn.scaler.get_scale() == 8.0
+    whole, again = run(), run()
+    whole.fit(1)
+    again.fit(1, resume=path)
+    same(whole, again)
+    assert whole.scaler.state_dict() == again.scaler.state_dict()
+
+
+@pytest.mark.parametrize(
+    "spoil", [{"scale": "os.system"}, {"growth_interval": None}, {"backoff_factor": float("nan")}, {"more": 1}]
+)
+def test_a_state_of_a_scaler_that_cannot_be_is_refused(tmp_path, spoil):
+    path = tmp_path / "a.ckpt"
+
+    def run(*cbs):
+        learn = learner(*cbs)
+        learn.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        return learn
+
+    first = run()
+    first.fit(1)
+    first.save(path)
+    state = checkpoint.read(path)
+    state["scaler"].update(spoil)
+    checkpoint.write(path, state)
+    other = run()
+    with pytest.raises(CheckpointError, match="scaler"):
+        other.fit(2, resume=path)
+    assert other.scaler.get_scale() == 8.0
+
+
+def test_seconds_count_what_there_was_before_the_interruption(tmp_path):
+    path = saved_run(tmp_path)
+    state = checkpoint.read(path)
+    state["position"]["seconds"] = 1000.0
+    checkpoint.write(path, state)
+    learn = learner()
+    learn.fit(1, resume=path)
+    assert 1000 < learn.history[-1]["seconds"] < 1100
+
+
+def test_a_cycle_puts_back_what_there_was_before_it_and_not_before_this_process(tmp_path):
+    path = tmp_path / "a.ckpt"
+
+    def run(lr, *cbs):
+        learn = learner(OneCycle(0.1), *cbs)
+        learn.opt.param_groups[0]["lr"] = lr
+        return learn
+
+    with pytest.raises(Crash):
+        run(0.007, SaveAt(path, 3), CrashAt(3)).fit(1)
+    again = run(0.5)
+    again.fit(1, resume=path)
+    assert again.opt.param_groups[0]["lr"] == 0.007
+
+
+def test_the_fingerprint_is_that_of_the_present_fit(tmp_path):
+    path = tmp_path / "a.ckpt"
+    learn = learner()
+    learn.fit(1)
+    learn.dls = DataLoaders(BatchLoader(X[:16], 2 * X[:16], batch_size=4, shuffle=True))
+    with pytest.raises(Crash):
+        learn.fit(1, cbs=[SaveAt(path, 2), CrashAt(2)])
+    assert checkpoint.read(path)["fingerprint"]["train"]["samples"] == 16
