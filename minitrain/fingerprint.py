@@ -64,7 +64,13 @@ def differences(saved: Any, present: Any, where: str = "") -> list[str]:
             path = f"{where}.{key}" if where else str(key)
             found += differences(saved.get(key), present.get(key), path)
         return found
-    return [] if _same(saved, present) else [f"{where} was {_brief(saved)}, now it is {_brief(present)}"]
+    if _same(saved, present):
+        return []
+    if where.endswith("content"):
+        return [
+            f"{where} has changed: the tensors are others. Are they drawn or shuffled without a seed, before the Learner?"
+        ]
+    return [f"{where} was {_brief(saved)}, now it is {_brief(present)}"]
 
 
 def loader_facts(loader: Any) -> dict[str, Any]:

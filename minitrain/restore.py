@@ -25,6 +25,7 @@ from minitrain.skip import enter, inexact
 from minitrain.snapshot import (
     Undo,
     applying,
+    fitting,
     gradient,
     keeps_state,
     load_model,
@@ -62,6 +63,8 @@ def load(learn: Learner, path: str | os.PathLike[str], *, strict: bool, with_opt
     state = _read(path)
     unlike = _model_differences(learn, state)
     _refuse(path, unlike if strict else [], "strict=False loads what fits")
+    if state["model"] and not fitting(learn.model, state["model"]):
+        _refuse(path, ["none of its tensors fits"], "it is of another net")
     undo = Undo(learn)
     try:
         with applying(path, "it"):
@@ -331,10 +334,13 @@ def _checked(path: Any, state: Any) -> dict[str, Any]:
     position, scaler = state.get("position", 0), state.get("scaler", 0)
     if not isinstance(scaler, (dict, type(None))):
         wrong.append("scaler")
+    in_epoch = False
     if position is not None and not _is_position(position):
         wrong.append("position")
+    elif position is not None:
+        in_epoch = position["batch"] > 0
     counters = [state["counters"].get(name) for name in ("fits", "epochs_begun")] if "counters" not in wrong else []
-    if not _are_counts(counters) or (isinstance(position, dict) and position.get("batch") and counters[1:] == [0]):
+    if not _are_counts(counters) or (in_epoch and counters[1:] == [0]):
         wrong.append("counters")
     if wrong:
         raise CheckpointError(

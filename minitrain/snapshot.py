@@ -171,12 +171,16 @@ def model_differences(module: Any, saved: Any, what: str = "the model") -> list[
 
 def load_model(module: Any, saved: Mapping[str, Any], hidden: Mapping[str, Any]) -> None:
     """Copy what fits into a module's parameters and buffers, in place."""
-    own = inner(module).state_dict()
-    fits = {name: value for name, value in saved.items() if name in own and _fits(value, own[name])}
-    inner(module).load_state_dict(fits, strict=False)
+    inner(module).load_state_dict(fitting(module, saved), strict=False)
     for name, owner, key, buffer in list(hidden_buffers(module)):
         if name in hidden:
             _set_buffer(owner, key, buffer, hidden[name])
+
+
+def fitting(module: Any, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a file a module can take: by name, and by shape."""
+    own = inner(module).state_dict()
+    return {name: value for name, value in saved.items() if name in own and _fits(value, own[name])}
 
 
 def _set_buffer(owner: nn.Module, key: str, buffer: Tensor | None, value: Any) -> None:

@@ -48,4 +48,4 @@ def export_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         with atomic_file(path, durable=True) as file:
             file.write(safetensors.save(tensors, metadata))
     except OSError as error:
-        raise CheckpointError(f"path={str(path)!r} cannot be written: {error}. What was there is as it was.") from error
+        raise CheckpointError(f"path={str(path)!r} cannot be written ({error.strerror or error})") from error

@@ -512,7 +512,10 @@ def state_of(learn):
         (dict(batch_size=8), r"train\.batch_size was 4, now it is 8"),
         (dict(seed=2), r"seed was 1, now it is 2"),
         (dict(valid=True), r"valid was None, now it is"),
-        (dict(train=BatchLoader(X, 3 * X, batch_size=4, shuffle=True)), r"train\.content was"),
+        (
+            dict(train=BatchLoader(X, 3 * X, batch_size=4, shuffle=True)),
+            r"train\.content has changed: the tensors are others",
+        ),
         (dict(train=BatchLoader(X, 2 * X, batch_size=4)), r"train\.shuffle was True, now it is False"),
         (dict(train=BatchLoader(X, 2 * X, batch_size=4, shuffle=True, seed=9)), r"train\.seed was 0, now it is 9"),
     ],

@@ -370,6 +370,25 @@ def test_a_fit_that_was_cancelled_after_an_epoch_is_over(tmp_path):
         learner().fit(3, resume=tmp_path / "a.ckpt")
 
 
+@pytest.mark.parametrize("garbage", [torch.zeros(3), "os.system", None, 1.5, -1, [], True])
+@pytest.mark.parametrize(
+    "place", ["epoch", "batch", "step", "batch_idx", "n_epochs", "is_over", "stop_reason", "running_loss"]
+)
+def test_a_position_that_cannot_be_is_refused(tmp_path, place, garbage):
+    can_be = {"is_over": (bool,), "stop_reason": (type(None), str)}
+    if isinstance(garbage, can_be.get(place, ())):
+        return
+    path = saved_run(tmp_path)
+    state = checkpoint.read(path)
+    state["position"][place] = garbage
+    checkpoint.write(path, state)
+    learn = learner()
+    before = state_of(learn)
+    with pytest.raises(CheckpointError):
+        learn.fit(2, resume=path)
+    assert state_of(learn) == before
+
+
 def test_counters_that_cannot_be_are_refused(tmp_path):
     path = saved_run(tmp_path)
     state = checkpoint.read(path)
@@ -399,6 +418,13 @@ def test_another_dtype_is_another_net(tmp_path, was, now, how):
         other.load(tmp_path / "a.ckpt") if how == "load" else other.fit(
             2, resume=tmp_path / "a.ckpt", allow_changes=True
         )
+
+
+def test_a_file_of_which_nothing_fits_is_refused_even_when_it_need_not_be_strict(tmp_path):
+    path = saved_run(tmp_path)
+    other = learner(model=nn.Sequential(nn.Linear(1, 3), nn.Linear(3, 1)))
+    with pytest.raises(CheckpointError, match="none of its tensors fits"):
+        other.load(path, strict=False)
 
 
 def test_hidden_buffers_of_a_loss_come_back(tmp_path):
