@@ -27,9 +27,10 @@ from minitrain.passes import Pass, set_epoch
 from minitrain.peek import shuffles
 from minitrain.preserve import loader_generators, preserve_training
 from minitrain.random_states import RandomState
-from minitrain.restore import Resume
-from minitrain.snapshot import Undo, snapshot
+from minitrain.resume import Resume
+from minitrain.snapshot import snapshot
 from minitrain.stages import Stages
+from minitrain.undo import Undo
 from minitrain.weights import export_weights
 
 _Measured = tuple[Tensor, int, tuple[Any, Any] | None]  # of a batch: loss, number of samples, predictions and targets
@@ -188,7 +189,7 @@ class Learner:
         going_on = runs.check_fit(self, n_epochs, lr, cbs, resume, allow_changes)
         self._touched = False
         if going_on is not None and going_on.is_over:
-            runs.take_over(self, n_epochs, going_on)
+            runs.take_over(self, n_epochs, lr, going_on)
             return
         with runs.running(self, "fit", cbs), runs.seeded(self), runs.resuming(self, going_on):
             runs.prepare(self)
@@ -669,9 +670,8 @@ class Learner:
             p.grad = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return (
-            vars(self) | runs.AT_REST | {"_before": None, "_undo": None}
-        )  # a copy that is made in the midst of a run runs nothing
+        # A copy that is made in the midst of a run runs nothing.
+        return vars(self) | runs.AT_REST | {"_before": None, "_undo": None}
 
     def _release(self) -> None:
         self.batch = self.xb = self.yb = self.preds = self.loss = self._backward_loss = self._pending = None

@@ -46,9 +46,8 @@ class Pass:
         self.n_drawn = n_drawn
 
     def __iter__(self) -> Iterator[Any]:
-        batches = (
-            self._dl if self._begin is None else self._begin()
-        )  # before all else: a fit that goes on loads its state
+        # Before all else, even if it was stopped by now: a fit that goes on loads its state here.
+        batches = self._dl if self._begin is None else self._begin()
         if self._stopped():
             return
         for batch in self._noted(batches):

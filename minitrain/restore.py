@@ -1,45 +1,30 @@
-"""How a checkpoint comes back: `load`, and `Resume`, by which a fit goes on where another one stood."""
+"""How the parts of a checkpoint come back, and `load`, which takes them all but for random states and position."""
 
 from __future__ import annotations
 
 import os
-import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from minitrain import checkpoint
 from minitrain.callback import Callback
-from minitrain.callbacks import Checkpoint
 from minitrain.checks import state_key
 from minitrain.errors import CheckpointError
-from minitrain.fingerprint import differences, fingerprint, versions
-from minitrain.folder import newest
-from minitrain.optimizer_state import alike, changed_defaults, parameter_names, values_of_groups
-from minitrain.passes import loader_length
-from minitrain.preserve import loader_generators, preserve_rng
-from minitrain.random_states import RandomState
-from minitrain.skip import enter, inexact
-from minitrain.snapshot import (
-    Undo,
-    applying,
-    fitting,
-    gradient,
-    keeps_state,
-    load_model,
-    load_optimizers,
-    loss_module,
-    model_differences,
-    named_optimizers,
-    training_differences,
-)
+from minitrain.optimizer_state import alike, load_optimizer, optimizer_differences, parameter_names
+from minitrain.snapshot import hidden_buffers, loss_module
+from minitrain.undo import Undo, applying
+from minitrain.wrappers import inner
 
 if TYPE_CHECKING:
     from minitrain.learner import Learner
 
-_PARTS: dict[str, type | tuple[type, ...]] = {  # of a checkpoint, beside its position
+_PARTS: dict[str, type] = {  # of a checkpoint, beside its position
     "versions": dict,
     "initialized": bool,
     "fingerprint": dict,
@@ -60,15 +45,15 @@ _COUNTS = ("epoch", "batch", "step", "batch_idx", "n_epochs")
 
 def load(learn: Learner, path: str | os.PathLike[str], *, strict: bool, with_opt: bool, build: Any) -> None:
     """What `Learner.load` does; `build(learn)` builds the optimiser where there is none yet."""
-    state = _read(path)
-    unlike = _model_differences(learn, state)
-    _refuse(path, unlike if strict else [], "strict=False loads what fits")
+    state = checked(path, checkpoint.read(path))
+    unlike = weight_differences(learn, state)
+    refuse(path, unlike if strict else [], "strict=False loads what fits")
     if state["model"] and not fitting(learn.model, state["model"]):
-        _refuse(path, ["none of its tensors fits"], "it is of another net")
+        refuse(path, ["none of its tensors fits"], "it is of another net")
     undo = Undo(learn)
     try:
         with applying(path, "it"):
-            _load_weights(learn, state)
+            load_weights(learn, state)
             learn.initialized, learn.position = state["initialized"], None
             if with_opt:
                 _load_training(learn, path, state, strict, unlike, build, undo)
@@ -86,247 +71,20 @@ def _load_training(
         if not (found := unlike + training_differences(learn, saved)):
             load_optimizers(learn, saved, at_rest=True)
         elif strict:
-            _refuse(path, found, "with_opt=False loads the model alone")
+            refuse(path, found, "with_opt=False loads the model alone")
         else:
             warnings.warn(f"path={str(path)!r}: the optimiser is left alone: {'; '.join(found)}.", stacklevel=5)
     if learn.scaler is not None and state["scaler"]:
-        _load_scaler(learn.scaler, state["scaler"])
-    _load_history(learn, state)
+        load_scaler(learn.scaler, state["scaler"])
+    load_history(learn, state)
     learn._fits, learn._epochs_begun = state["counters"]["fits"], state["counters"]["epochs_begun"]
-    _load_callbacks(learn.cbs, state["callbacks"], undo)
-
-
-class Resume:
-    """A checkpoint from which a fit goes on. It is checked when it is made, and changes nothing before `begin`.
-
-    Args:
-        learn: The Learner whose fit goes on.
-        n_epochs: How many epochs there will be in all.
-        lr: The learning rate that the fit is given.
-        cbs: The callbacks that take part.
-        path: The file.
-        state: What `checkpoint.read` has found there.
-        allow_changes: Go on although data, seed or callbacks are not those of the checkpoint.
-
-    Raises:
-        CheckpointError: No fit can go on from it, or not this one: each difference is named.
-    """
-
-    def __init__(
-        self,
-        learn: Learner,
-        n_epochs: int,
-        lr: float | None,
-        cbs: Iterable[Callback],
-        path: Path,
-        state: dict[str, Any],
-        allow_changes: bool,
-    ) -> None:
-        self.path, self._state, self._n_epochs = path, state, n_epochs
-        position = state["position"]
-        if position is None:
-            raise CheckpointError(
-                f"path={str(path)!r} was saved in the midst of a batch or a validation, or after a fit was cancelled: from "
-                "there none can go on exactly. Use learn.load(path) and a new fit; or save by Checkpoint(...), or in "
-                "after_batch or after_epoch."
-            )
-        if not state["initialized"]:
-            raise CheckpointError(
-                f"path={str(path)!r} was saved before the init stages had run. Use learn.load(path), and a new fit."
-            )
-        self.position: dict[str, Any] = position
-        self.counters: dict[str, int] = state["counters"]
-        if position["epoch"] > n_epochs or (position["epoch"] == n_epochs and position["batch"]):
-            raise CheckpointError(
-                f"n_epochs={n_epochs}, but the run in path={str(path)!r} has {position['epoch']} epochs behind it: n_epochs is "
-                "the total of all epochs, those before the checkpoint included."
-            )
-        _refuse(
-            path, _model_differences(learn, state), "it is another net: learn.load(path, strict=False) loads what fits"
-        )
-        found = differences(state["fingerprint"], fingerprint(learn, lr))
-        cbs = list(cbs)
-        keys = {state_key(cb) for cb in cbs} | {Checkpoint.__name__}  # a run is the same whether it is saved or not
-        found += [f"the callback {key!r:.60} is missing" for key in state["callbacks"] if key not in keys]
-        if not allow_changes:
-            _refuse(path, found, "fit(..., allow_changes=True) goes on nevertheless, though not exactly")
-        for key in [state_key(cb) for cb in cbs if keeps_state(cb) and not isinstance(cb, Checkpoint)]:
-            if key not in state["callbacks"] and not self.is_over:
-                warnings.warn(f"path={str(path)!r} has no state of {key}: it begins anew.", stacklevel=5)
-        self._allow_changes = allow_changes
-        self._changed: dict[str, list[str]] = {}  # of each optimiser the options that are now others
-        self._check_versions(learn)
-
-    def _check_versions(self, learn: Learner) -> None:
-        changed = differences(self._state["versions"], versions(learn.device))
-        if changed:
-            warnings.warn(f"path={str(self.path)!r}: {'; '.join(changed)}. The bits may differ.", stacklevel=6)
-
-    @property
-    def in_epoch(self) -> bool:
-        """Whether the fit goes on in the midst of an epoch, rather than at its beginning."""
-        return bool(self.position["batch"])
-
-    @property
-    def is_over(self) -> bool:
-        """Whether it was saved after its fit had ended, and there is nothing to do but to load it."""
-        ended = self.position["epoch"] >= self._n_epochs or self.position["stop_reason"] is not None
-        return bool(self.position["is_over"]) and ended and self.counters["fits"] > 0
-
-    @contextmanager
-    def begin(self, learn: Learner) -> Iterator[None]:
-        """Load the weights. If something fails before the fit has trained on anything, all is put back."""
-        learn._undo = Undo(learn)  # it lives until the first batch is trained on
-        try:
-            with applying(self.path, "it"):
-                _load_weights(learn, self._state)
-                _load_history(learn, self._state)
-                learn.initialized = learn.resumed = True
-            yield
-        except BaseException:
-            if learn._undo is not None:
-                learn._undo.restore()
-            raise
-        finally:
-            learn._undo = None
-
-    def check_optimizers(self, learn: Learner) -> None:
-        """Raise `CheckpointError` unless the optimisers, which have been built by now, are those of the checkpoint."""
-        saved = self._state["optimizers"]
-        with applying(self.path, "the optimiser"):
-            _refuse(self.path, training_differences(learn, saved), "build it as it was")
-            opts = named_optimizers(learn)
-            self._changed = {key: changed_defaults(opt, saved.get(key, {})) for key, opt in opts.items()}
-            found = [
-                f"learn.{key}: {name} was {saved[key]['defaults'][name]!r:.40}, now it is {opts[key].defaults[name]!r:.40}"
-                for key, names in self._changed.items()
-                for name in names
-            ]
-            if not self._allow_changes:
-                _refuse(self.path, found, "fit(..., allow_changes=True) goes on with what is now")
-        if self._state["fingerprint"].get("lr") != learn._lr and learn._lr is not None:
-            self._changed["opt"].append("lr")
-        with applying(self.path, "the optimiser"):  # contexts will find what they found when the fit began
-            for group, values in zip(learn.opt.param_groups, saved.get("opt", {}).get("at_rest", ()), strict=False):
-                for name, value in values.items():
-                    is_number = isinstance(group.get(name), (int, float, tuple)) and not isinstance(group[name], bool)
-                    if is_number and name not in self._changed["opt"]:
-                        if not alike(value, group[name]):
-                            raise ValueError(f"{name}={value!r:.40}")
-                        group[name] = value
-
-    def enter(self, learn: Learner, loader: Any) -> Iterator[Any]:
-        """The rest of the epoch, entered by index; then everything is loaded that changes while a fit goes on."""
-        start, length = self.position["batch"], loader_length(loader)
-        if (why := inexact(loader)) is not None:
-            warnings.warn(f"this fit may not go on exactly: {why}", stacklevel=2)
-        with applying(self.path, "the state of the loader"):
-            generators = loader_generators(loader)
-            learn.rng_of_epoch = RandomState.from_state_dict(self.position["rng_of_epoch"], generators)
-            learn.rng_of_epoch.restore()
-            state = self.position.get("loader")
-            self._note_loader(learn, state)
-            batches = enter(loader, start if length is None else min(start, length), state)
-        self.finish(learn)
-        return batches
-
-    def _note_loader(self, learn: Learner, state: Any) -> None:
-        loader: Any = learn.dls.train
-        if state is not None and learn._undo is not None:
-            with preserve_rng(loader_generators(loader)):  # one that was never begun may begin now
-                learn._undo.note(loader, loader.state_dict())
-
-    def finish(self, learn: Learner) -> None:
-        """Load what contexts and the events before have set anew: optimisers, scaler, callbacks, random states."""
-        state, position = self._state, self.position
-        names = parameter_names(learn.model, learn.loss_func)
-        with applying(self.path, "it"):
-            rng = RandomState.from_state_dict(state["rng"], loader_generators(learn.dls.train))
-            self._check_scaler(learn)
-            _load_weights(learn, state)
-            self._load_optimizers(learn)
-            for p, name in names.items():
-                if p.requires_grad != (name not in state["frozen"]):
-                    p.requires_grad_(not p.requires_grad)
-                p.grad = gradient(state["grads"][name], p) if name in state["grads"] else None
-            if learn.scaler is not None:
-                _load_scaler(learn.scaler, state["scaler"])
-                learn._scaled_by = learn.scaler
-            if not self.in_epoch and position.get("loader") is not None:
-                self._note_loader(learn, position["loader"])
-                learn.dls.train.load_state_dict(position["loader"])  # type: ignore[attr-defined]  # it has given it
-            if self.in_epoch:
-                learn.running_loss.load_state_dict(position["running_loss"], learn.device)
-                learn._began = time.perf_counter() - float(position["seconds"])
-            _load_callbacks(learn.cbs, state["callbacks"], learn._undo)
-            learn.step_idx, learn.stop_reason = position["step"], learn.stop_reason or position["stop_reason"]
-            if self.in_epoch:
-                generators = loader_generators(learn.dls.train)
-                learn.rng_of_epoch = RandomState.from_state_dict(position["rng_of_epoch"], generators)
-        rng.restore()
-        self._state = {}  # the memory of a whole file
-
-    def _load_optimizers(self, learn: Learner) -> None:
-        """The optimisers as they were, but for options that are now others: those begin to count here."""
-        opts = named_optimizers(learn)
-        now = {key: values_of_groups(opt) for key, opt in opts.items()}  # a schedule may have put in something new
-        load_optimizers(learn, self._state["optimizers"], at_rest=False)
-        for key, groups in now.items():
-            for group, values in zip(opts[key].param_groups, groups, strict=True):
-                group.update({name: values[name] for name in self._changed[key] if name in values})
-                group.update({name: value for name, value in values.items() if name not in group})
-
-    def _check_scaler(self, learn: Learner) -> None:
-        if (learn.scaler is None) != (self._state["scaler"] is None):
-            was, now = ("had a", "has none") if learn.scaler is None else ("had no", "has one")
-            raise CheckpointError(f"path={str(self.path)!r}: the run {was} GradScaler, this Learner {now}.")
-
-
-def find(
-    learn: Learner, n_epochs: int, lr: float | None, cbs: Iterable[Callback], resume: Any, allow_changes: bool
-) -> Resume | None:
-    """The checkpoint that `fit(resume=...)` means; None where a new fit begins.
-
-    Raises:
-        TypeError: `resume` is neither "auto" nor a path.
-        ValueError: "auto" without a `Checkpoint` among the callbacks.
-        CheckpointError: There is nothing to go on from, or it does not fit.
-    """
-    if resume is None:
-        return None
-    cbs = list(cbs)
-    if not isinstance(resume, (str, os.PathLike)):
-        raise TypeError(
-            f"resume={resume!r} (type={type(resume).__name__}), wanted 'auto', a checkpoint, or a folder of them."
-        )
-    if resume == "auto":
-        folders = [cb.folder for cb in cbs if isinstance(cb, Checkpoint)]
-        if len(folders) != 1:
-            raise ValueError(
-                f"resume='auto', but there are {len(folders)} Checkpoint callbacks to say in which folder to look. Pass one, "
-                "cbs=[Checkpoint('runs/a')], or the path of a checkpoint, resume='runs/a/....ckpt'."
-            )
-        found = newest(folders[0])
-        if found is None:
-            return None
-    elif Path(resume).is_dir():
-        found = newest(Path(resume))
-        if found is None:
-            raise CheckpointError(f"resume={str(resume)!r}: there is no checkpoint in this folder.")
-    else:
-        found = Path(resume), checkpoint.read(resume)
-    path, state = found
-    return Resume(learn, n_epochs, lr, cbs, path, _checked(path, state), allow_changes)
+    load_callbacks(learn.cbs, state["callbacks"], undo)
 
 
 # -- the parts of a file ----------------------------------------------------------------------------------------------
 
 
-def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    return _checked(path, checkpoint.read(path))
-
-
-def _checked(path: Any, state: Any) -> dict[str, Any]:
+def checked(path: Any, state: Any) -> dict[str, Any]:
     """A state that has all parts, each of its kind."""
     if not isinstance(state, dict):
         state = {}
@@ -361,30 +119,35 @@ def _are_counts(values: list[Any]) -> bool:
     return all(type(value) is int and 0 <= value < 2**62 for value in values)
 
 
-def _refuse(path: Any, found: list[str], remedy: str) -> None:
+def refuse(path: Any, found: list[str], remedy: str) -> None:
+    """Raise `CheckpointError` if there is anything that does not fit."""
     if found:
         lines = "".join(f"\n- {text}" for text in found[:20]) + ("\n- ..." if len(found) > 20 else "")
         raise CheckpointError(f"path={str(path)!r} does not fit, nothing has been changed ({remedy}):{lines}")
 
 
-def _model_differences(learn: Learner, state: Mapping[str, Any]) -> list[str]:
+def weight_differences(learn: Learner, state: Mapping[str, Any]) -> list[str]:
+    """Why the weights of a file do not fit the model or the loss, a sentence each."""
     found = model_differences(learn.model, state["model"])
     return found + model_differences(loss_module(learn), state["loss_func"], "the loss")
 
 
-def _load_weights(learn: Learner, state: Mapping[str, Any]) -> None:
+def load_weights(learn: Learner, state: Mapping[str, Any]) -> None:
+    """Copy what fits into the model and the loss."""
     load_model(learn.model, state["model"], state["hidden_buffers"])
     load_model(loss_module(learn), state["loss_func"], state["hidden_loss_buffers"])
 
 
-def _load_history(learn: Learner, state: Mapping[str, Any]) -> None:
+def load_history(learn: Learner, state: Mapping[str, Any]) -> None:
+    """Take the rows of the history."""
     rows = state["history"]
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("a row of the history is no dict")
     learn.history[:] = [dict(row) for row in rows]
 
 
-def _load_scaler(scaler: Any, saved: Mapping[str, Any]) -> None:
+def load_scaler(scaler: Any, saved: Mapping[str, Any]) -> None:
+    """Take back a scaler's state, which it would not check by itself."""
     own = scaler.state_dict()
     wrong = [key for key in own if key not in saved or not alike(saved[key], own[key]) or saved[key] < 0]
     if wrong or len(saved) != len(own):
@@ -393,7 +156,7 @@ def _load_scaler(scaler: Any, saved: Mapping[str, Any]) -> None:
         scaler.load_state_dict(dict(saved))
 
 
-def _load_callbacks(cbs: Iterable[Callback], states: Mapping[str, Any], undo: Undo | None) -> None:
+def load_callbacks(cbs: Iterable[Callback], states: Mapping[str, Any], undo: Undo | None) -> None:
     """Give each callback its state; what it had is noted, to be given back if anything fails."""
     for cb in cbs:
         if (key := state_key(cb)) in states:
@@ -403,4 +166,114 @@ def _load_callbacks(cbs: Iterable[Callback], states: Mapping[str, Any], undo: Un
             try:
                 cb.load_state_dict(states[key])
             except Exception as error:
-                raise ValueError(f"the state of {key}: {error}") from error
+                why = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+                raise ValueError(f"the state of {key}: {why}") from error
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+
+def model_differences(module: Any, saved: Any, what: str = "the model") -> list[str]:
+    """Why the tensors of a file do not fit a module: what is missing, unexpected, or of another shape, a sentence each."""
+    if not isinstance(saved, Mapping):
+        return [f"the state of {what} is {saved!r:.40} in place of tensors by name"]
+    own = inner(module).state_dict()
+    missing, unexpected = [n for n in own if n not in saved], [n for n in saved if n not in own]
+    found = [f"missing in the file: {listed(missing)}"] if missing else []
+    found += [f"unexpected in the file, since {what} has no such names: {listed(unexpected)}"] if unexpected else []
+    forms = {n: (_form(saved[n]), _form(own[n])) for n in own if n in saved and not is_lazy(own[n])}
+    wrong = [f"{name!r} is {a} in the file and {b} here" for name, (a, b) in forms.items() if a != b]
+    return found + ([f"of another form: {listed(wrong, quote=False)}"] if wrong else [])
+
+
+def load_model(module: Any, saved: Mapping[str, Any], hidden: Mapping[str, Any]) -> None:
+    """Copy what fits into a module's parameters and buffers, in place."""
+    inner(module).load_state_dict(fitting(module, saved), strict=False)
+    for name, owner, key, buffer in list(hidden_buffers(module)):
+        if name in hidden:
+            _set_buffer(owner, key, buffer, hidden[name])
+
+
+def fitting(module: Any, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a file a module can take: by name, and by shape."""
+    own = inner(module).state_dict()
+    return {name: value for name, value in saved.items() if name in own and _fits(value, own[name])}
+
+
+def _set_buffer(owner: nn.Module, key: str, buffer: Tensor | None, value: Any) -> None:
+    if value is None or buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+        device = next((t.device for t in (buffer, *owner.parameters(), *owner.buffers()) if t is not None), None)
+        owner._buffers[key] = None if value is None else value.to(device, copy=True)
+    else:
+        with torch.no_grad():
+            buffer.copy_(value)
+
+
+def _form(value: Any) -> str:
+    """Dtype and shape of a tensor; of extra state the owner must judge."""
+    return (
+        f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}" if isinstance(value, Tensor) else "no tensor"
+    )
+
+
+def _fits(saved: Any, own: Any) -> bool:
+    """Whether it can be copied: of the same shape, and nothing complex into something real."""
+    if not isinstance(own, Tensor) or not isinstance(saved, Tensor):
+        return isinstance(own, Tensor) == isinstance(saved, Tensor)
+    return is_lazy(own) or (saved.shape == own.shape and (own.is_complex() or not saved.is_complex()))
+
+
+def listed(things: list[str], quote: bool = True) -> str:
+    """The first ten of some names, and how many there are besides."""
+    texts = [repr(thing)[:80] if quote else thing for thing in things[:10]]
+    return ", ".join(texts) + (f" and {len(things) - 10} more" if len(things) > 10 else "")
+
+
+def gradient(saved: Any, p: nn.Parameter) -> Tensor:
+    """What `snapshot` has kept of the gradient of `p`."""
+    if isinstance(saved, Mapping):
+        parts = saved["indices"].to(p.device), saved["values"].to(p.device), tuple(saved["shape"])
+        sparse = torch.sparse_coo_tensor(*parts, check_invariants=True)
+        return sparse._coalesced_(bool(saved["is_coalesced"]))
+    if saved.shape != p.shape or saved.dtype != p.dtype:
+        raise ValueError(f"a gradient is {saved.dtype} {tuple(saved.shape)} for {p.dtype} {tuple(p.shape)}")
+    grad: Tensor = saved.to(p.device, copy=True)
+    return grad
+
+
+# -- optimisers -------------------------------------------------------------------------------------------------------
+
+
+def named_optimizers(learn: Learner) -> dict[str, Any]:
+    """The optimisers by the names under which a checkpoint keeps them."""
+    return {"opt": learn.opt, **{f"opts.{name}": opt for name, opt in learn.opts.items()}}
+
+
+def training_differences(learn: Learner, saved: Mapping[str, Any]) -> list[str]:
+    """Why the optimisers of a file do not fit those of a Learner, a sentence each. None at all fit any: nothing was trained."""
+    names, found = parameter_names(learn.model, learn.loss_func), list[str]()
+    if not saved:
+        return found
+    opts = named_optimizers(learn)
+    for key in [*opts, *(key for key in saved if key not in opts)]:
+        if key not in saved:
+            found.append(f"the file has no state of learn.{key}")
+        elif key not in opts:
+            found.append(f"the file has a state of learn.{key!s:.40}, which is not here")
+        else:
+            found += [f"learn.{key}: {text}" for text in optimizer_differences(opts[key], saved[key], names)]
+    return found
+
+
+def load_optimizers(learn: Learner, saved: Mapping[str, Any], *, at_rest: bool) -> None:
+    """Take back the state of every optimiser.
+
+    Args:
+        learn: The Learner.
+        saved: The states by name.
+        at_rest: The values of the parameter groups are to be those from before the fit: what a schedule has made of them
+            belongs to that fit.
+    """
+    names = parameter_names(learn.model, learn.loss_func)
+    for key, opt in named_optimizers(learn).items() if saved else ():
+        load_optimizer(opt, saved[key], names, saved[key].get("at_rest") if at_rest else None)

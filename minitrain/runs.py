@@ -30,8 +30,7 @@ from minitrain.preserve import (
     preserve_modes,
 )
 from minitrain.random_states import RandomState
-from minitrain.restore import Resume, find
-from minitrain.snapshot import COUNTERS
+from minitrain.resume import Resume, find
 from minitrain.stages import Stages
 
 if TYPE_CHECKING:
@@ -40,6 +39,11 @@ if TYPE_CHECKING:
 _OF_A_BATCH = ("batch", "xb", "yb", "preds", "loss", "_backward_loss", "_pending")
 # What a validation inside a fit puts aside.
 _LOOP_STATE = (*_OF_A_BATCH, "batch_idx", "dl", "training", "phase", "running_loss")
+# What a fit counts, and puts back if it fails before it has trained on anything.
+_COUNTERS = (
+    *("_fits", "_epochs_begun", "position", "epoch", "step_idx", "batch_idx", "n_epochs", "stop_reason", "resumed"),
+    *("running_loss", "rng_of_epoch", "_lr", "_groups_at_rest"),
+)
 # The state of a Learner that runs nothing.
 AT_REST: dict[str, Any] = {
     **dict.fromkeys(_OF_A_BATCH),
@@ -99,14 +103,16 @@ class Before:
 
     def __init__(self, learn: Learner) -> None:
         self._learn = learn
-        self._counters = {name: getattr(learn, name) for name in COUNTERS}
-        self._rng, self._buffers = RandomState(loader_generators(learn.dls.train)), Buffers(learn.model)
-        self._grads = [(p, p.grad) for p in learn.model.parameters()]
+        self._counters = {name: getattr(learn, name) for name in _COUNTERS}
+        self._rng = RandomState(loader_generators(learn.dls.train))
+        self._buffers = [Buffers(module) for module in _trainable(learn)]
+        self._grads = [(p, p.grad) for module in _trainable(learn) for p in module.parameters()]
 
     def restore(self) -> None:
         """Put it all back."""
         vars(self._learn).update(self._counters)
-        self._buffers.restore()
+        for buffers in self._buffers:
+            buffers.restore()
         for p, grad in self._grads:
             p.grad = grad
         self._rng.restore()
@@ -116,12 +122,11 @@ class Before:
 def new_fit(learn: Learner, n_epochs: int, lr: float | None) -> Iterator[None]:
     """Counters and gradients of a fit. One that fails before it has trained on anything leaves no trace."""
     check_parameters(learn.opt, _trainable(learn))  # the model may have been replaced since it was built
-    learn._lr = lr
-    if learn._resume is not None:
-        learn._resume.check_optimizers(learn)
     learn._before = Before(learn)
     try:
-        learn.n_epochs, learn._fingerprint = n_epochs, None
+        learn.n_epochs, learn._lr, learn._fingerprint = n_epochs, lr, None
+        if learn._resume is not None:
+            learn._resume.begin_optimizers(learn)
         learn._groups_at_rest = values_of_groups(learn.opt)
         _set_position(learn)
         held = {id(p) for group in learn.opt.param_groups for p in group["params"]}
@@ -154,14 +159,12 @@ def _set_position(learn: Learner) -> None:
     learn.position = saved["epoch"], saved["batch"]
 
 
-def take_over(learn: Learner, n_epochs: int, going_on: Resume) -> None:
+def take_over(learn: Learner, n_epochs: int, lr: float | None, going_on: Resume) -> None:
     """A fit that goes on from a file which was saved after it had ended: there is nothing to do but to load."""
     with seeded(learn), resuming(learn, going_on):
         prepare(learn)
-        going_on.check_optimizers(learn)
-        learn.n_epochs = n_epochs
-        _set_position(learn)
-        going_on.finish(learn)
+        with new_fit(learn, n_epochs, lr):
+            going_on.finish(learn)
 
 
 @contextmanager
