@@ -88,7 +88,9 @@ class _Walk:
 
     def __init__(self, where: str, copy: bool, buffers: MutableMapping[Any, Tensor] | None, *, escape: bool) -> None:
         self._where, self._copy, self._buffers, self._escape = where, copy, buffers, escape
-        self._tensors: dict[Any, tuple[Tensor, Tensor]] = {}  # by memory and form: the one given, which it keeps alive
+        self._tensors: dict[
+            int, list[tuple[Tensor, Tensor]]
+        ] = {}  # by memory: those given, which lives on, and the result
         self._memory: set[int] = set()  # where a tensor begins that has been kept uncopied
         self._open: set[int] = set()  # the containers around the present place
         self._used: set[Path] = set()
@@ -162,17 +164,12 @@ class _Walk:
             raise self._error(path, f"a tensor of layout {tensor.layout}", "to_dense(), or its indices and values")
         if tensor.dtype not in DTYPES:
             raise self._error(path, f"a tensor of dtype {tensor.dtype}", "one of a common dtype: dequantize(), to(...)")
-        bits = tensor.is_conj(), tensor.is_neg()
-        key = (tensor.data_ptr() or id(tensor), tensor.dtype, tensor.shape, tensor.stride(), tensor.device, *bits)
-        if key in self._tensors:
-            return self._tensors[key][1]
-        source = tensor.detach()
-        if type(source) is not Tensor:
-            source = source.as_subclass(Tensor)
-        if any(bits):  # complex views that are computed when they are read
-            source = source.resolve_conj().resolve_neg()
-        result = self._copied(source, path) if self._copy else self._kept(source)
-        self._tensors[key] = tensor, result
+        there = self._tensors.setdefault(tensor.data_ptr() or id(tensor), [])
+        for other, result in there:
+            if _is_same(other, tensor):
+                return result
+        result = self._copied(tensor, path) if self._copy else self._kept(tensor)
+        there.append((tensor, result))
         return result
 
     def _check_kind(self, tensor: Tensor, path: Path) -> None:
@@ -201,6 +198,11 @@ class _Walk:
 
     def _kept(self, source: Tensor) -> Tensor:
         """The tensor, or a copy of one that is not alone in its memory."""
+        source = source.detach()
+        if type(source) is not Tensor:
+            source = source.as_subclass(Tensor)
+        if source.is_conj() or source.is_neg():  # views that are computed when they are read
+            source = source.resolve_conj().resolve_neg()
         start = source.data_ptr()
         alone = source.untyped_storage().nbytes() == source.numel() * source.itemsize and start not in self._memory
         if alone and _is_dense(source) and not source.is_inference():
@@ -227,6 +229,12 @@ _CONVERSIONS: tuple[tuple[type, Callable[[Any], Any]], ...] = (
     (int, int.__int__),
     (float, float.__float__),
 )
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors at one place are the same one: of one form, and read in the same way."""
+    form = a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride() and a.device == b.device
+    return form and a.is_conj() == b.is_conj() and a.is_neg() == b.is_neg()
 
 
 def _is_dense(tensor: Tensor) -> bool:
