@@ -63,6 +63,7 @@ class Callback:
     Each event is called with the `Learner`, which carries the whole state of the loop; a callback keeps only what is its
     own. A method whose name begins like an event but is none (one of Lightning's or of an older fastai neither), or whose
     signature is not `(self, learn)`, is a `TypeError` when the class is made: a misspelt event never does nothing in silence.
+    So is a class that gives a state and does not take it back, or the other way round.
 
     The events of one epoch, in order::
 
@@ -206,6 +207,12 @@ class Callback:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        gives, takes = cls.state_dict is not Callback.state_dict, cls.load_state_dict is not Callback.load_state_dict
+        if gives != takes:
+            has, lacks = ("state_dict", "load_state_dict") if gives else ("load_state_dict", "state_dict")
+            raise TypeError(
+                f"{cls.__name__} has a {has} and no {lacks}: its state would be lost. Write both, or neither."
+            )
         behind = cls.__mro__[cls.__mro__.index(Callback) + 1 :]
         for base in cls.__mro__:
             for name, value in vars(base).items() if base is not Callback else ():

@@ -85,6 +85,10 @@ def top_k_accuracy(preds: Tensor, targets: Tensor, k: int = 5) -> Tensor:
     return hits.float().mean()
 
 
+for _function in (accuracy, top_k_accuracy):
+    _function.higher_is_better = True  # type: ignore[attr-defined]  # as `Checkpoint(keep_best=...)` asks
+
+
 class Mean:
     """A running mean over samples: a batch counts by its size, so the smaller last one counts less.
 
@@ -190,7 +194,10 @@ class Mean:
     @property
     def higher_is_better(self) -> bool | None:
         """What the function says of itself by an attribute of this name; None where it does not."""
-        return getattr(self.func, "higher_is_better", True if self.func in (accuracy, top_k_accuracy) else None)
+        func = self.func
+        while isinstance(func, functools.partial):
+            func = func.func
+        return getattr(func, "higher_is_better", None)
 
     def state_dict(self) -> dict[str, Any]:
         """What has been added so far."""

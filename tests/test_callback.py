@@ -184,3 +184,12 @@ def test_a_method_that_is_set_on_the_instance_counts():
     callback.after_epoch = heard.append
     learn = fit(callback)
     assert heard == [learn]
+
+
+@pytest.mark.parametrize(("has", "lacks"), [("state_dict", "load_state_dict"), ("load_state_dict", "state_dict")])
+def test_a_state_that_is_given_and_not_taken_is_an_error_when_the_class_is_made(has, lacks):
+    with pytest.raises(TypeError, match=f"Half has a {has} and no {lacks}: its state would be lost"):
+        type("Half", (Callback,), {has: lambda self, *state: {}})
+    both = {"state_dict": lambda self: {}, "load_state_dict": lambda self, state: None}
+    whole = type("Whole", (Callback,), both)
+    type("Below", (whole,), {has: both[has]})  # it has the other one from its base

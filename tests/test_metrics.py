@@ -1,6 +1,7 @@
 """Metrics: what is computed, how it is named, and what is refused."""
 
 import copy
+import functools
 import pickle
 from functools import partial
 
@@ -455,3 +456,25 @@ def test_a_class_or_a_bare_collection_of_torchmetrics_is_refused():
         as_metrics([torchmetrics.classification.MulticlassAccuracy])
     with pytest.raises(TypeError, match="wanted a list or a dict"):
         as_metrics(torchmetrics.MetricCollection([torchmetrics.MeanSquaredError()]))
+
+
+def test_a_metric_says_whether_higher_is_better():
+    assert Mean(accuracy).higher_is_better
+    assert Mean(functools.partial(top_k_accuracy, k=2), name="top_2").higher_is_better
+    assert Mean(lambda preds, targets: preds.mean(), name="mean").higher_is_better is None
+
+
+def test_a_mean_goes_on_from_its_state():
+    whole, first, second = Mean(name="a"), Mean(name="a"), Mean(name="a")
+    for mean in (whole, first):
+        mean.add(torch.tensor(1.5), 3)
+        mean.add(0.25, 2)
+    second.load_state_dict(first.state_dict())
+    for mean in (whole, second):
+        mean.add(torch.tensor(7.0), 1)
+    assert second.compute() == whole.compute()
+    assert first.count == 5
+    for state in ({"count": 1.5}, {"total": torch.zeros(2)}, {"total": "os.system"}):
+        with pytest.raises(ValueError, match="this is no state of"):
+            second.load_state_dict(whole.state_dict() | state)
+    assert second.compute() == whole.compute()

@@ -100,6 +100,7 @@ def test_an_early_stop_is_marked_with_its_reason(capsys):
     ("error", "how"),
     [
         (KeyboardInterrupt(), "interrupted"),
+        (SystemExit(143), "interrupted"),
         (ValueError("x"), "failed"),
         (CancelFit(), "cancelled"),
         (CancelEpoch(), "cancelled"),
@@ -107,7 +108,7 @@ def test_an_early_stop_is_marked_with_its_reason(capsys):
 )
 def test_an_epoch_that_does_not_come_to_its_end_is_marked_once(capsys, error, how):
     learn = make_learner(Act(raiser(error)))
-    with contextlib.suppress(KeyboardInterrupt, ValueError):
+    with contextlib.suppress(KeyboardInterrupt, SystemExit, ValueError):
         learn.fit(2)
     assert capsys.readouterr().out.splitlines()[1:] == [f"epoch 2/2  {how}"]
 
@@ -249,6 +250,7 @@ def test_a_loader_without_a_length_has_a_bar_without_an_end(monkeypatch):
     ("error", "how"),
     [
         (KeyboardInterrupt(), "interrupted"),
+        (SystemExit(143), "interrupted"),
         (ValueError("x"), "failed"),
         (CancelFit(), "cancelled"),
         (CancelEpoch(), "cancelled"),
@@ -258,7 +260,7 @@ def test_a_bar_that_does_not_come_to_its_end_is_marked_and_closed(monkeypatch, e
     slowly(monkeypatch, 1.0)
 
     def fit():
-        with contextlib.suppress(KeyboardInterrupt, ValueError):
+        with contextlib.suppress(KeyboardInterrupt, SystemExit, ValueError):
             make_learner(Act(raiser(error))).fit(2)
 
     text = on_terminal(fit)

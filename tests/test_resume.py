@@ -693,6 +693,9 @@ def test_a_state_that_is_no_plain_data_is_named(tmp_path):
         def state_dict(self):
             return {"a": {"b": object()}}
 
+        def load_state_dict(self, state):
+            raise NotImplementedError
+
     path = tmp_path / "a.ckpt"
     path.write_bytes(b"old")
     with pytest.raises(CheckpointError, match=r"callbacks\.Bad\.a\.b"):

@@ -50,7 +50,7 @@ class Progress(Callback):
         self._display, self._cancelled = display, _ = _choose_display(), False
         try:
             yield
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # the latter is how SIGTERM ends a run with `on_interrupt=True`
             display.close(learn, "interrupted")
             raise
         except BaseException:

@@ -262,7 +262,11 @@ def test_a_fault_before_the_first_batch_of_a_fit_that_goes_on_changes_nothing(ru
             raise Fault
         return Callback.during_fit(self, argument) if event == "during_fit" else None
 
-    failing = type("Failing", (Callback,), {event: fail, "state_dict": lambda self: {"a": 1}, "order": 9})
+    failing = type(
+        "Failing",
+        (Callback,),
+        {"load_state_dict": lambda self, state: None, event: fail, "state_dict": lambda self: {"a": 1}, "order": 9},
+    )
     with tempfile.TemporaryDirectory() as folder:
         whole, files = files_of(lambda *cbs: make(failing(), *cbs), epochs, folder)
         path = files[data.draw(st.integers(0, 99)) % len(files)]
