@@ -31,7 +31,7 @@ def child(run, folder, killer, result):
     if pid:
         return pid
     try:
-        found = victim.train(run, folder, killer)
+        found = victim.train(run, folder, killer, result.with_name(f"{'killed' if folder else 'whole'}.log"))
         part = result.with_suffix(".part")
         part.write_text(json.dumps(found))
         part.rename(result)

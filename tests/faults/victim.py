@@ -4,12 +4,14 @@ python tests/faults/victim.py '{"seed": 7}' FOLDER     # one run, from the newes
 """
 
 import contextlib
+import csv
 import hashlib
 import json
 import os
 import random
 import signal
 import sys
+import tempfile
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -49,6 +51,8 @@ class Run:
     every: object
     async_write: bool
     model_seed: int
+    patience: bool
+    log: bool
 
     @classmethod
     def draw(cls, seed):
@@ -71,6 +75,8 @@ class Run:
             every=every,
             async_write=rng.random() < 0.6,
             model_seed=rng.randint(0, 99),
+            patience=rng.random() < 0.3,
+            log=rng.random() < 0.5,
         )
 
 
@@ -256,6 +262,49 @@ class StopAt(Callback):
         self.count = state["count"]
 
 
+class Patience(Callback):
+    """Early stopping: no more than one epoch that is not better than the best one."""
+
+    def before_fit(self, learn):
+        self.best, self.since = float("inf"), 0
+
+    def after_epoch(self, learn):
+        loss = learn.history[-1]["valid_loss"]
+        self.best, self.since = min(loss, self.best), 0 if loss < self.best else self.since + 1
+        if self.since == 1:
+            learn.stop("no better")
+
+    def state_dict(self):
+        return {"best": self.best, "since": self.since}
+
+    def load_state_dict(self, state):
+        self.best, self.since = float(state["best"]), int(state["since"])
+
+
+class Log(Callback):
+    """A logger: a line a batch in a file, which is cut back to where the checkpoint saw it."""
+
+    def __init__(self, path):
+        self.path = path
+
+    @contextlib.contextmanager
+    def during_fit(self, learn):
+        with open(self.path, "a+") as self.file:
+            if not learn.resumed:
+                self.file.truncate(0)
+            yield
+
+    def after_batch(self, learn):
+        self.file.write(f"{learn.epoch},{learn.batch_idx},{learn.training},{learn.loss.item()!r}\n")
+        self.file.flush()
+
+    def state_dict(self):
+        return {"length": self.path.stat().st_size}
+
+    def load_state_dict(self, state):
+        self.file.truncate(state["length"])
+
+
 class Scaler(Callback):
     """Mixed precision's scaler, by a callback that makes it anew in each fit."""
 
@@ -345,7 +394,7 @@ class Killer(Callback):
 # -- a run ------------------------------------------------------------------------------------------------------------
 
 
-def make(run, folder, killer=None):
+def make(run, folder, killer=None, log=None):
     """A Learner and its callbacks for one process."""
     torch.manual_seed(run.model_seed)
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
@@ -364,6 +413,10 @@ def make(run, folder, killer=None):
         cbs += [ActivationStats(), ParameterStats(every=2), Diagnose(show=lambda text: None)]
     if run.stop_at is not None:
         cbs.append(StopAt(run.stop_at))
+    if run.patience:
+        cbs.append(Patience())
+    if run.log and log is not None:
+        cbs.append(Log(log))
     if folder is not None:
         cbs.append(Checkpoint(folder, every=run.every, async_write=run.async_write))
     if killer is not None:
@@ -383,15 +436,24 @@ def make(run, folder, killer=None):
     )
 
 
-def train(run, folder=None, killer=None):
+def train(run, folder=None, killer=None, log=None):
     """Train to the end, or to the bullet; return what is left."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # OneCycle's, where updates are skipped
-        learn = make(run, folder, killer)
+        learn = make(run, folder, killer, log)
         if killer is not None:
             killer.watch_files()
         learn.fit(run.epochs, resume=None if folder is None else "auto")
     return digest(learn)
+
+
+def _csv(learn):
+    """The lines of the history's file, without the column of time."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "history.csv"
+        learn.history.to_csv(path)
+        rows = list(csv.DictReader(path.read_text().splitlines()))
+    return [[value for key, value in row.items() if key != "seconds"] for row in rows]
 
 
 def digest(learn):
@@ -404,6 +466,8 @@ def digest(learn):
         "scaler": [cb.last.state_dict() for cb in cbs if isinstance(cb, Scaler)],
         "callbacks": {type(cb).__name__: cb.state_dict() for cb in cbs},
         "history": rows,
+        "csv": _csv(learn),
+        "log": [cb.path.read_text() for cb in cbs if isinstance(cb, Log)],
         "rng": RandomState(loader_generators(learn.dls.train)).state_dict(),
         "counters": [learn.step_idx, learn.epoch, learn._fits, learn._epochs_begun, learn.stop_reason],
     }
@@ -423,7 +487,8 @@ def _bytes(value):
 def main():
     plan = json.loads(sys.argv[1])
     killer = Killer(plan["point"], plan["nth"]) if "point" in plan else None
-    print(json.dumps(train(Run.draw(plan["seed"]), Path(sys.argv[2]), killer)))
+    folder = Path(sys.argv[2])
+    print(json.dumps(train(Run.draw(plan["seed"]), folder, killer, folder.with_suffix(".log"))))
 
 
 if __name__ == "__main__":
