@@ -802,3 +802,13 @@ def test_the_module_of_the_format_uses_one_descriptor(file, tmp_path, monkeypatc
     write(tmp_path / "other.ckpt", {"other": 1})
     monkeypatch.setattr(format, "_verify", swapped)
     assert "model" in read(path)
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_a_tensor_and_its_conjugate_at_one_place_stay_two(copy):
+    x = torch.tensor([1 + 2j, 3 - 4j])
+    kept = plain({"x": x, "conjugate": x.conj(), "again": x, "minus": x.conj().imag}, copy=copy)
+    assert kept["x"].tolist() == [1 + 2j, 3 - 4j]
+    assert kept["conjugate"].tolist() == [1 - 2j, 3 + 4j]
+    assert kept["minus"].tolist() == [-2, 4]
+    assert kept["again"] is kept["x"]

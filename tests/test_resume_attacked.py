@@ -761,3 +761,20 @@ def test_the_fingerprint_is_that_of_the_present_fit(tmp_path):
     with pytest.raises(Crash):
         learn.fit(1, cbs=[SaveAt(path, 2), CrashAt(2)])
     assert checkpoint.read(path)["fingerprint"]["train"]["samples"] == 16
+
+
+def test_buffers_of_a_loss_are_put_back_too_if_the_first_batch_fails():
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, preds, y):
+            self.calls += 1
+            return nn.functional.mse_loss(preds, y)
+
+    learn = learner(at("after_loss", cancel(Crash)))
+    learn.loss_func = Loss()
+    with pytest.raises(Crash):
+        learn.fit(1)
+    assert learn.loss_func.calls == 0
