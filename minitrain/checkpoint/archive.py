@@ -72,7 +72,7 @@ def check_archive(section: Section) -> None:
     try:
         with zipfile.ZipFile(section) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, LookupError, NotImplementedError, struct.error) as error:
+    except (zipfile.BadZipFile, ValueError, LookupError, NotImplementedError, struct.error) as error:  # all that it raises
         raise Refused(f"its archive is malformed ({error})") from error
     sizes, starts = dict[str, int](), dict[str, int]()
     for entry in entries:
