@@ -72,7 +72,8 @@ def check_archive(section: Section) -> None:
     try:
         with zipfile.ZipFile(section) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, LookupError, NotImplementedError, struct.error) as error:  # all that it raises
+    except (zipfile.BadZipFile, ValueError, LookupError, NotImplementedError, struct.error) as error:
+        # All that zipfile raises on bytes that somebody has made up.
         raise Refused(f"its archive is malformed ({error})") from error
     sizes, starts = dict[str, int](), dict[str, int]()
     for entry in entries:
